@@ -1,0 +1,401 @@
+// SPDX-License-Identifier: Apache-2.0
+// attend on the CPU: softmax attention of query rows to the keys that a plan lets them see.
+//
+//   out_i = sum_k p_ik v_k / l_i,   p_ik = exp(scale q_i . k_k - max),   l_i = sum_k p_ik,   lse_i = max + ln l_i
+//
+// Data flow of one unit (a task and some KV heads):
+//
+//   item: rows of Q --pack--> blocks (rows in lanes)
+//         keys --KeyCursor--> tiles --copy or in place--> attend_block per block: (m, l, O) in lanes
+//         blocks --unpack, merge--> the task's row states (m, l, o[Dv]), row-major
+//   task: row states --divide--> out, lse          (direct)
+//                    --as they are--> partials     (rows that other tasks touch too; merged in a second pass)
+//
+// Bit-reproducible: the arithmetic of a row depends on the plan only, not on which worker runs the unit
+// nor on how many heads a unit holds.
+
+#include <cmath>
+
+#include "attend/block_cpu.h"
+#include "core/parallel.h"
+#include "core/workspace.h"
+
+namespace palmette::PALMETTE_ISA_NS {
+
+namespace {
+
+template <class T>
+PALMETTE_INLINE T* take(char*& scratch, int64_t n) {
+  T* p = reinterpret_cast<T*>(scratch);
+  scratch += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  return p;
+}
+
+template <class S>
+constexpr int64_t padded(int64_t d) {
+  return (d + 2 * S::kLanes - 1) / (2 * S::kLanes) * (2 * S::kLanes);
+}
+
+struct Block {
+  int shape;  // index into the shapes that for_each_block can produce
+  int row, count;
+  int64_t lane;         // first lane in the per-row arrays
+  int64_t q_at, o_at;   // offsets into the packed Q and O of one head
+  int32_t min_pos, max_pos, min_depth, max_depth;
+};
+
+// A block's shape as a number and back, so that blocks can sit in an array.
+template <class B>
+constexpr int shape_code() {
+  return B::NU == 2 ? 0 : B::P;
+}
+template <class S, class F>
+PALMETTE_INLINE void with_shape(int code, F&& f) {
+  constexpr int N = S::kLanes;
+  switch (code) {
+    case 0: return f(BlockShape<S, 2, 1>{});
+    case 1: return f(BlockShape<S, 1, 1>{});
+    case 2: return f(BlockShape<S, 1, 2>{});
+    case 4:
+      if constexpr (N >= 4) return f(BlockShape<S, 1, 4>{});
+      break;
+    case 8:
+      if constexpr (N >= 8) return f(BlockShape<S, 1, 8>{});
+      break;
+    default:
+      if constexpr (N >= 16) return f(BlockShape<S, 1, 16>{});
+  }
+}
+
+// Where the rows of a task live, and the arithmetic type's view of everything.
+template <class S>
+struct Forward {
+  using T = typename S::Scalar;
+  using Int = typename S::Int;
+  static constexpr int N = S::kLanes;
+
+  const AttendParams& p;
+  const int group;            // query heads per KV head
+  const int64_t d_pad, dv_pad;
+  // scratch of this worker
+  T *o_rows, *m_rows, *l_rows;            // row states: [heads][rows][dv_pad], [heads][rows]
+  T *q_lanes, *o_lanes, *m_lanes, *l_lanes;  // blocks: [heads][...]
+  Int *pos_lanes, *depth_lanes;
+  bool* touched;                          // [heads][blocks]
+  Block* blocks;
+  T *k_tile, *v_tile, *s_tile;
+  KeyTile* tile;
+  int64_t lane_capacity, block_capacity, rows_capacity;
+
+  static int64_t lanes_for(int64_t rows) { return rows + 3 * N; }
+  static int64_t blocks_for(int64_t rows) { return rows / (2 * N) + 3; }
+
+  explicit Forward(const AttendParams& params)
+      : p(params),
+        group(params.num_q_heads / params.num_kv_heads),
+        d_pad(padded<S>(params.head_dim)),
+        dv_pad(padded<S>(params.v_head_dim)) {}
+
+  // Lays out (or, with a null base, only measures) the scratch.
+  char* layout(char* at, int64_t rows, int64_t heads) {
+    rows_capacity = rows;
+    lane_capacity = lanes_for(rows);
+    block_capacity = blocks_for(rows);
+    o_rows = take<T>(at, heads * rows * dv_pad);
+    m_rows = take<T>(at, heads * rows);
+    l_rows = take<T>(at, heads * rows);
+    q_lanes = take<T>(at, heads * lane_capacity * d_pad);
+    o_lanes = take<T>(at, heads * lane_capacity * dv_pad);
+    m_lanes = take<T>(at, heads * lane_capacity);
+    l_lanes = take<T>(at, heads * lane_capacity);
+    pos_lanes = take<Int>(at, lane_capacity);
+    depth_lanes = take<Int>(at, lane_capacity);
+    touched = take<bool>(at, heads * block_capacity);
+    blocks = take<Block>(at, block_capacity);
+    k_tile = take<T>(at, kMaxTileKeys * packed_stride<S>(p.head_dim));
+    v_tile = take<T>(at, kMaxTileKeys * packed_stride<S>(p.v_head_dim));
+    s_tile = take<T>(at, kMaxTileKeys * 2 * N);
+    tile = take<KeyTile>(at, 1);
+    return at;
+  }
+
+  // ---- item
+  // Row r of an item is query query_begin + r / group, head r % group of the KV head's group.
+  int make_blocks(const PlanItem& item, int32_t& min_query_depth) {
+    const int rows = (item.query_end - item.query_begin) * group;
+    int count = 0;
+    int64_t lane = 0, q_at = 0, o_at = 0;
+    min_query_depth = INT32_MAX;
+    for_each_block<S>(rows, [&](auto shape, int row, int n) {
+      using B = decltype(shape);
+      Block& b = blocks[count++];
+      b = {shape_code<B>(), row, n, lane, q_at, o_at, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
+      for (int i = 0; i < B::kWidth; ++i) {
+        const int r = i / B::P < n ? i / B::P : 0;
+        const int32_t j = item.query_begin + (row + r) / group;
+        const int32_t pos = p.plan.query_pos[j], depth = p.plan.query_depth[j];
+        pos_lanes[lane + i] = pos;
+        depth_lanes[lane + i] = depth;
+        b.min_pos = pos < b.min_pos ? pos : b.min_pos;
+        b.max_pos = pos > b.max_pos ? pos : b.max_pos;
+        b.min_depth = depth < b.min_depth ? depth : b.min_depth;
+        b.max_depth = depth > b.max_depth ? depth : b.max_depth;
+      }
+      min_query_depth = b.min_depth < min_query_depth ? b.min_depth : min_query_depth;
+      lane += B::kWidth;
+      q_at += B::steps(p.head_dim) * B::kWidth;
+      o_at += B::steps(p.v_head_dim) * B::kWidth;
+    });
+    return count;
+  }
+
+  template <class E>
+  void pack_queries(const PlanItem& item, int num_blocks, int kv_head, T* dst) {
+    const T factor = static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e);
+    const E* base = static_cast<const E*>(p.q.data);
+    for (int b = 0; b < num_blocks; ++b) {
+      const Block& block = blocks[b];
+      with_shape<S>(block.shape, [&](auto shape) {
+        pack_rows<decltype(shape), E>(dst + block.q_at, block.count, p.head_dim, factor, [&](int r) {
+          const int row = block.row + r;
+          const int32_t j = p.plan.query_index[item.query_begin + row / group];
+          return base + j * p.q.token + (kv_head * group + row % group) * p.q.head;
+        });
+      });
+    }
+  }
+
+  void run_item(const PlanTask& task, const PlanItem& item, const AttendUnit& unit) {
+    int32_t min_query_depth = 0;
+    const int num_blocks = make_blocks(item, min_query_depth);
+    const int rows = (item.query_end - item.query_begin) * group;
+    const int heads = unit.head_count;
+    const int64_t q_head = lane_capacity * d_pad, o_head = lane_capacity * dv_pad;
+    for (int h = 0; h < heads; ++h) {
+      with_dtype([&]<class E>(E) { pack_queries<E>(item, num_blocks, unit.head_begin + h, q_lanes + h * q_head); });
+    }
+    for (int64_t i = 0; i < heads * lane_capacity; ++i) m_lanes[i] = T(kEmptyMax), l_lanes[i] = 0;
+    for (int64_t i = 0; i < heads * block_capacity; ++i) touched[i] = false;
+
+    const bool whole = p.head_dim % N == 0 && p.v_head_dim % N == 0 && native_dtype();
+    const bool k_in_place = whole && p.k.token * static_cast<int64_t>(sizeof(T)) < 1024;
+    const bool v_in_place = whole && p.v.token * static_cast<int64_t>(sizeof(T)) < 1024;
+    const int limit = rows > 4 * N ? 48 : 24;
+    KeyCursor cursor(p.plan, item, p.window, min_query_depth);
+    while (cursor.next(*tile, limit)) {
+      for (int h = 0; h < heads; ++h) {
+        const int head = unit.head_begin + h;
+        const auto k = load_tile<S>(p.k, p.dtype, head, p.head_dim, *tile, k_in_place, k_tile);
+        const auto v = load_tile<S>(p.v, p.dtype, head, p.v_head_dim, *tile, v_in_place, v_tile);
+        int finite = -1;  // not yet known
+        for (int b = 0; b < num_blocks; ++b) {
+          const Block& block = blocks[b];
+          const BlockRows<S> seen{pos_lanes + block.lane, depth_lanes + block.lane, block.min_pos, block.max_pos,
+                                  block.min_depth,        block.max_depth};
+          if (finite < 0 && tile_visibility<S>(*tile, seen, p.window) == Visibility::kSome) {
+            finite = tile_is_finite<S>(v, tile->count, p.v_head_dim);
+          }
+          const BlockState<T> state{o_lanes + h * o_head + block.o_at, m_lanes + h * lane_capacity + block.lane,
+                                    l_lanes + h * lane_capacity + block.lane, touched + h * block_capacity + b};
+          with_shape<S>(block.shape, [&](auto shape) {
+            attend_block<decltype(shape)>(*tile, k, v, finite != 0, q_lanes + h * q_head + block.q_at, p.head_dim,
+                                          p.v_head_dim, seen, p.window, p.softcap, state, s_tile);
+          });
+        }
+      }
+    }
+    const int first_row = (item.query_begin - task.query_begin) * group;
+    for (int h = 0; h < heads; ++h) merge_item(num_blocks, first_row, h, o_lanes + h * o_head);
+  }
+
+  // (m, l, O) of the item's blocks into the row states.
+  void merge_item(int num_blocks, int first_row, int h, const T* o_head) {
+    for (int b = 0; b < num_blocks; ++b) {
+      const Block& block = blocks[b];
+      if (!touched[h * block_capacity + b]) continue;
+      with_shape<S>(block.shape, [&](auto shape) {
+        using B = decltype(shape);
+        T old_weight[B::kRows], new_weight[B::kRows];
+        const int64_t base = h * rows_capacity + first_row + block.row;
+        for (int r = 0; r < block.count; ++r) {
+          const T m_new = m_lanes[h * lane_capacity + block.lane + r * B::P];
+          const T l_new = l_lanes[h * lane_capacity + block.lane + r * B::P];
+          T& m = m_rows[base + r];
+          T& l = l_rows[base + r];
+          const T top = m_new > m ? m_new : m;
+          old_weight[r] = exp2_scalar(m - top);
+          new_weight[r] = exp2_scalar(m_new - top);
+          if (l_new == 0) new_weight[r] = 0;  // saw no key here: whatever its lanes hold
+          l = l == 0 ? l_new * new_weight[r] : l * old_weight[r] + l_new * new_weight[r];
+          m = top;
+        }
+        unpack_rows<B>(
+            o_head + block.o_at, block.count, p.v_head_dim,
+            [&](int r, int x, typename S::V value) {
+              T* dst = o_rows + (base + r) * dv_pad + x;
+              S::store(dst, S::load(dst) * old_weight[r] + value * new_weight[r]);
+            },
+            [&](int r, int x, typename S::V value, int) {
+              T* dst = o_rows + (base + r) * dv_pad + x;
+              S::store(dst, S::load(dst) * old_weight[r] + value * new_weight[r]);
+            });
+      });
+    }
+  }
+
+  static T exp2_scalar(T x) { return S::exp2(S::splat(x))[0]; }
+
+  // ---- task
+  void run_unit(const AttendUnit& unit) {
+    const PlanTask& task = p.plan.task[unit.task_begin];
+    const int rows = (task.query_end - task.query_begin) * group;
+    for (int64_t i = 0; i < unit.head_count * rows_capacity; ++i) m_rows[i] = T(kEmptyMax), l_rows[i] = 0;
+    for (int h = 0; h < unit.head_count; ++h) {
+      std::memset(o_rows + h * rows_capacity * dv_pad, 0, sizeof(T) * static_cast<size_t>(rows * dv_pad));
+    }
+    for (int i = task.item_begin; i < task.item_end; ++i) run_item(task, p.plan.item[i], unit);
+    for (int h = 0; h < unit.head_count; ++h) {
+      const int kv_head = unit.head_begin + h;
+      for (int r = 0; r < rows; ++r) {
+        const int j = task.query_begin + r / group, head = kv_head * group + r % group;
+        const T* o = o_rows + (h * rows_capacity + r) * dv_pad;
+        const T m = m_rows[h * rows_capacity + r], l = l_rows[h * rows_capacity + r];
+        if (task.partial_begin < 0) {
+          finish(j, head, m, l, o);
+        } else {
+          const int64_t at = (task.partial_begin + r / group) * int64_t{p.num_q_heads} + head;
+          static_cast<T*>(p.partial_max)[at] = m;
+          static_cast<T*>(p.partial_sum)[at] = l;
+          std::memcpy(static_cast<T*>(p.partial_out) + at * p.v_head_dim, o,
+                      sizeof(T) * static_cast<size_t>(p.v_head_dim));
+        }
+      }
+    }
+  }
+
+  // out = o / l, lse = (m + log2 l) ln 2; a sink is one more logit with no value.
+  void finish(int j, int head, T m, T l, const T* o) {
+    T weight = 1;
+    if (p.sinks != nullptr) {
+      const T sink = static_cast<const T*>(p.sinks)[head] * T(kLog2e);
+      const T top = sink > m ? sink : m;
+      weight = exp2_scalar(m - top);
+      l = (l == 0 ? T(0) : l * weight) + exp2_scalar(sink - top);
+      m = top;
+    }
+    const int64_t index = p.plan.query_index[j];
+    static_cast<T*>(p.lse)[index * p.num_q_heads + head] = l == 0 ? -T(INFINITY) : (m + std::log2(l)) * T(kLn2);
+    const T factor = l == 0 ? T(0) : weight / l;
+    with_dtype([&]<class E>(E) {
+      E* dst = static_cast<E*>(p.out.data) + index * p.out.token + head * p.out.head;
+      const typename S::V f = S::splat(factor);
+      int x = 0;
+      for (; x + N <= p.v_head_dim; x += N) S::store(dst + x, S::load(o + x) * f);
+      if (x < p.v_head_dim) S::store_n(dst + x, S::load(o + x) * f, p.v_head_dim - x);
+    });
+  }
+
+  // Second pass: the partial states of query j in the order of the plan. row: v_head_dim elements of scratch.
+  void merge_partials(int j) {
+    const int32_t begin = p.plan.merge_ptr[j], end = p.plan.merge_ptr[j + 1];
+    if (begin == end) return;
+    const T* part_m = static_cast<const T*>(p.partial_max);
+    const T* part_l = static_cast<const T*>(p.partial_sum);
+    const T* part_o = static_cast<const T*>(p.partial_out);
+    for (int head = 0; head < p.num_q_heads; ++head) {
+      T m = T(kEmptyMax), l = 0;
+      for (int i = begin; i < end; ++i) {
+        const T value = part_m[p.plan.merge_row[i] * int64_t{p.num_q_heads} + head];
+        m = value > m ? value : m;
+      }
+      std::memset(o_rows, 0, sizeof(T) * static_cast<size_t>(dv_pad));
+      for (int i = begin; i < end; ++i) {
+        const int64_t at = p.plan.merge_row[i] * int64_t{p.num_q_heads} + head;
+        if (part_l[at] == 0) continue;
+        const T w = exp2_scalar(part_m[at] - m);
+        l += part_l[at] * w;
+        const T* src = part_o + at * p.v_head_dim;
+        for (int x = 0; x < p.v_head_dim; ++x) o_rows[x] += src[x] * w;
+      }
+      finish(j, head, m, l, o_rows);
+    }
+  }
+
+  // ---- element types
+  bool native_dtype() const { return p.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32); }
+  template <class F>
+  PALMETTE_INLINE void with_dtype(F&& f) const {
+    if constexpr (sizeof(T) == 4) {
+      if (p.dtype == DType::bf16) return f(bf16{});
+      if (p.dtype == DType::f16) return f(fp16{});
+    }
+    f(T{});
+  }
+};
+
+template <class S>
+void run(const AttendParams& p) {
+  struct Context {
+    const AttendParams& p;
+    int32_t next_unit = 0, next_query = 0;
+  } ctx{p};
+  const int64_t workers = num_workers() < p.num_units ? num_workers() : p.num_units;
+  run_workers(
+      workers,
+      [](void* c, int64_t) {
+        Context& ctx = *static_cast<Context*>(c);
+        const AttendParams& p = ctx.p;
+        Forward<S> f(p);
+        char* scratch = static_cast<char*>(thread_workspace(p.scratch_bytes));
+        for (;;) {
+          const int32_t i = __atomic_fetch_add(&ctx.next_unit, 1, __ATOMIC_RELAXED);
+          if (i >= p.num_units) break;
+          const AttendUnit& unit = p.units[i];
+          const PlanTask& task = p.plan.task[unit.task_begin];
+          f.layout(scratch, (task.query_end - task.query_begin) * int64_t{f.group}, unit.head_count);
+          f.run_unit(unit);
+        }
+      },
+      &ctx);
+  if (p.plan.num_partials == 0) return;
+  run_workers(
+      num_workers() < p.plan.num_queries ? num_workers() : p.plan.num_queries,
+      [](void* c, int64_t) {
+        Context& ctx = *static_cast<Context*>(c);
+        Forward<S> f(ctx.p);
+        f.layout(static_cast<char*>(thread_workspace(ctx.p.scratch_bytes)), 1, 1);
+        for (;;) {
+          const int32_t j = __atomic_fetch_add(&ctx.next_query, 1, __ATOMIC_RELAXED);
+          if (j >= ctx.p.plan.num_queries) break;
+          f.merge_partials(j);
+        }
+      },
+      &ctx);
+}
+
+template <class T>
+int64_t measure(const AttendParams& p, int64_t rows, int64_t heads) {
+  return reinterpret_cast<intptr_t>(Forward<Native<T>>(p).layout(nullptr, rows, heads)) + 64;
+}
+
+}  // namespace
+
+}  // namespace palmette::PALMETTE_ISA_NS
+
+namespace palmette {
+
+template <>
+int64_t attend_scratch_bytes<Isa::PALMETTE_ISA_NS>(const AttendParams& p, int64_t rows, int64_t heads) {
+  return p.dtype == DType::f64 ? PALMETTE_ISA_NS::measure<double>(p, rows, heads)
+                               : PALMETTE_ISA_NS::measure<float>(p, rows, heads);
+}
+
+template <>
+void attend<Isa::PALMETTE_ISA_NS>(const AttendParams& p) {
+#if PALMETTE_LANES == 4
+  if (p.dtype == DType::f64) return PALMETTE_ISA_NS::run<PALMETTE_ISA_NS::Native<double>>(p);
+#endif
+  PALMETTE_ISA_NS::run<PALMETTE_ISA_NS::Native<float>>(p);
+}
+
+}  // namespace palmette

@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: Apache-2.0
+// attend, attend_out, attend_backward: checks, allocation and the division of work; the kernels do the rest.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "attend/params.h"
+#include "core/backend.h"
+#include "core/checks.h"
+
+namespace palmette {
+
+namespace {
+
+// The plan arguments of every attend operator, in schema order.
+struct PlanTensors {
+  const Tensor &slots, &query, &segment, &item, &task, &merge_ptr, &merge_row, &counts;
+};
+
+void check_table(const Tensor& t, const char* name, const char* shape, int64_t columns) {
+  check_cpu(t, name);
+  check_dtype(t, name, {ScalarType::Int});
+  check_dim(t, name, shape, columns > 0 ? 2 : 1);
+  require(t.is_contiguous(), name, "contiguous", "strides");
+  if (columns > 0) require(t.size(1) == columns, name, shape, shape_text(t));
+}
+
+// Every index of the plan is checked against what it indexes, so that no kernel can leave its arrays. This reads each key's
+// slot once: 4 bytes per key, against kilobytes of K and V.
+PlanView view_plan(const PlanTensors& t, int64_t num_rows_q, int64_t num_slots, int64_t num_kv_heads) {
+  check_table(t.slots, "slots", "[tokens]", 0);
+  check_table(t.segment, "segment", "[capacity, 6]", 6);
+  check_table(t.item, "item", "[capacity, 4]", 4);
+  check_table(t.task, "task", "[capacity, 6]", 6);
+  check_table(t.merge_ptr, "merge_ptr", "[capacity]", 0);
+  check_table(t.merge_row, "merge_row", "[capacity]", 0);
+  check_table(t.counts, "counts", "[16]", 0);
+  check_cpu(t.query, "query");
+  check_dtype(t.query, "query", {ScalarType::Int});
+  check_dim(t.query, "query", "[4, capacity]", 2);
+  require(t.query.size(0) == 4 && t.query.is_contiguous(), "query", "contiguous [4, capacity]", shape_text(t.query));
+  require(t.counts.numel() >= 16, "counts", "[16]", shape_text(t.counts));
+
+  const int32_t* counts = t.counts.const_data_ptr<int32_t>();
+  const int64_t queries = counts[0], segments = counts[1], items = counts[2], tasks = counts[3], partials = counts[4];
+  require(queries == num_rows_q, "q", text("[", queries, ", Hq, D] (the plan's queries)"), num_rows_q, " rows");
+  auto within = [](int64_t count, int64_t capacity, const char* name) {
+    require(count >= 0 && count <= capacity, "counts", text("within the capacity of ", name), count, " of ", capacity);
+  };
+  within(queries, t.query.size(1), "query");
+  within(queries, t.merge_ptr.numel() - 1, "merge_ptr");
+  within(segments, t.segment.size(0), "segment");
+  within(items, t.item.size(0), "item");
+  within(tasks, t.task.size(0), "task");
+  within(partials, t.merge_row.numel(), "merge_row");
+
+  PlanView p{};
+  p.slots = t.slots.const_data_ptr<int32_t>();
+  p.query_index = t.query.const_data_ptr<int32_t>();
+  p.query_pos = p.query_index + t.query.size(1);
+  p.query_depth = p.query_pos + t.query.size(1);
+  p.segment = reinterpret_cast<const PlanSegment*>(t.segment.const_data_ptr<int32_t>());
+  p.item = reinterpret_cast<const PlanItem*>(t.item.const_data_ptr<int32_t>());
+  p.task = reinterpret_cast<const PlanTask*>(t.task.const_data_ptr<int32_t>());
+  p.merge_ptr = t.merge_ptr.const_data_ptr<int32_t>();
+  p.merge_row = t.merge_row.const_data_ptr<int32_t>();
+  p.num_queries = static_cast<int32_t>(queries);
+  p.num_tasks = static_cast<int32_t>(tasks);
+  p.num_partials = static_cast<int32_t>(partials);
+
+  auto range = [](int64_t begin, int64_t end, int64_t low, int64_t high, const char* name) {
+    require(begin >= low && begin <= end && end <= high, name, text("within [", low, ", ", high, ")"), begin, " to ", end);
+  };
+  int32_t worst = -1, least = 0;
+  for (int64_t i = 0; i < segments; ++i) {
+    const PlanSegment& s = p.segment[i];
+    range(s.begin, int64_t{s.begin} + s.length, 0, t.slots.numel(), "segment");
+    const int32_t* slot = p.slots + s.begin;
+    for (int32_t k = 0; k < s.length; ++k) {
+      worst = std::max(worst, slot[k]);
+      least = std::min(least, slot[k]);
+    }
+  }
+  require(worst < num_slots && least >= 0, "slots", text("in [0, ", num_slots, ") (the rows of k)"), worst < num_slots ? least : worst);
+  for (int64_t i = 0; i < queries; ++i) {
+    require(p.query_index[i] >= 0 && p.query_index[i] < queries, "query", text("an index into q's ", queries, " rows"), p.query_index[i]);
+  }
+  for (int64_t i = 0; i < tasks; ++i) {
+    const PlanTask& task = p.task[i];
+    range(task.query_begin, task.query_end, 0, queries, "task");
+    range(task.item_begin, task.item_end, 0, items, "task");
+    require(task.kv_head >= -1 && task.kv_head < num_kv_heads, "task", text("of a KV head below ", num_kv_heads), task.kv_head);
+    const int32_t count = task.query_end - task.query_begin;
+    if (task.partial_begin >= 0) range(task.partial_begin, int64_t{task.partial_begin} + count, 0, partials, "task");
+    p.max_task_queries = std::max(p.max_task_queries, count);
+    for (int32_t k = task.item_begin; k < task.item_end; ++k) {
+      range(p.item[k].segment_begin, p.item[k].segment_end, 0, segments, "item");
+      range(p.item[k].query_begin, p.item[k].query_end, task.query_begin, task.query_end, "item");
+    }
+  }
+  if (partials > 0) {
+    for (int64_t i = 0; i < queries; ++i) range(p.merge_ptr[i], p.merge_ptr[i + 1], 0, partials, "merge_ptr");
+    for (int64_t i = 0; i < partials; ++i) {
+      require(p.merge_row[i] >= 0 && p.merge_row[i] < partials, "merge_row", text("below ", partials), p.merge_row[i]);
+    }
+  }
+  return p;
+}
+
+Strided strided(const Tensor& t, const char* name) {
+  require(t.size(2) == 0 || t.stride(2) == 1 || t.size(2) == 1, name, "contiguous in its last dimension", "stride ", t.stride(2));
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
+}
+
+ScalarType state_type(DType d) { return d == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+// Checks that attend and attend_backward share; fills everything but out, lse, partials and units.
+AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, const PlanTensors& plan,
+                         const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window) {
+  check_cpu(q, "q");
+  check_cpu(k, "k");
+  check_cpu(v, "v");
+  check_dim(q, "q", "[Nq, Hq, D]", 3);
+  check_dim(k, "k", "[slots, Hk, D]", 3);
+  check_dim(v, "v", "[slots, Hk, Dv]", 3);
+  AttendParams p{};
+  p.dtype = check_element(q, "q", current_isa());
+  check_dtype(k, "k", {q.scalar_type()});
+  check_dtype(v, "v", {q.scalar_type()});
+  p.num_q_heads = static_cast<int32_t>(q.size(1));
+  p.num_kv_heads = static_cast<int32_t>(k.size(1));
+  p.head_dim = static_cast<int32_t>(q.size(2));
+  p.v_head_dim = static_cast<int32_t>(v.size(2));
+  require(k.size(2) == q.size(2), "k", text("of q's head_dim ", q.size(2)), k.size(2));
+  require(p.head_dim > 0, "head_dim", "at least 1", p.head_dim);
+  require(p.v_head_dim > 0, "v's head_dim", "at least 1", p.v_head_dim);
+  require(v.size(0) == k.size(0) && v.size(1) == k.size(1), "v", text("[", k.size(0), ", ", k.size(1), ", Dv] like k"), shape_text(v));
+  require(p.num_kv_heads > 0 && p.num_q_heads > 0 && p.num_q_heads % p.num_kv_heads == 0, "q",
+          text("of a multiple of k's ", p.num_kv_heads, " heads"), p.num_q_heads);
+  require(softcap >= 0, "softcap", "at least 0", softcap);
+  require(window >= 0, "window", "at least 0 (0: none)", window);
+  p.plan = view_plan(plan, q.size(0), k.size(0), k.size(1));
+  p.q = strided(q, "q");
+  p.k = strided(k, "k");
+  p.v = strided(v, "v");
+  p.scale = scale;
+  p.softcap = softcap;
+  p.window = static_cast<int32_t>(window);
+  if (sinks.has_value()) {
+    check_cpu(*sinks, "sinks");
+    check_dtype(*sinks, "sinks", {state_type(p.dtype)});
+    check_shape(*sinks, "sinks", "[Hq]", {p.num_q_heads});
+    require(sinks->is_contiguous(), "sinks", "contiguous", "strides");
+    p.sinks = sinks->const_data_ptr();
+  }
+  return p;
+}
+
+// How many KV heads a worker takes at a time. In a token-major pool ([slots, Hk, D]) the heads of a token are
+// neighbours, so a task of few rows reads several heads per tile while their packed rows fit the cache; never so many
+// that fewer than kMinUnits units are left to share out. No result depends on it.
+std::vector<AttendUnit> forward_units(const AttendParams& p) {
+  constexpr int64_t kCacheBytes = 256 << 10, kMinUnits = 16;
+  const int64_t group = p.num_q_heads / p.num_kv_heads;
+  std::vector<AttendUnit> units;
+  for (int32_t t = 0; t < p.plan.num_tasks; ++t) {
+    const PlanTask& task = p.plan.task[t];
+    if (task.kv_head >= 0) {
+      units.push_back({t, t + 1, task.kv_head, 1, 0});
+      continue;
+    }
+    int64_t heads = 1;
+    if (p.k.token > p.k.head) {
+      const int64_t rows = std::max<int64_t>(1, (task.query_end - task.query_begin) * group);
+      heads = kCacheBytes / (rows * (p.head_dim + 2 * p.v_head_dim) * 4);
+      heads = std::min(heads, p.num_kv_heads * int64_t{p.plan.num_tasks} / kMinUnits);
+      heads = std::clamp<int64_t>(heads, 1, p.num_kv_heads);
+    }
+    const int64_t parts = (p.num_kv_heads + heads - 1) / heads;
+    for (int64_t i = 0; i < parts; ++i) {
+      const auto begin = static_cast<int32_t>(i * p.num_kv_heads / parts), end = static_cast<int32_t>((i + 1) * p.num_kv_heads / parts);
+      units.push_back({t, t + 1, begin, end - begin, 0});
+    }
+  }
+  return units;
+}
+
+void run_forward(AttendParams& p, const Tensor& q, const Tensor& out, const Tensor& lse) {
+  p.out = strided(out, "out");
+  p.lse = lse.mutable_data_ptr();
+  const std::vector<AttendUnit> units = forward_units(p);
+  p.units = units.data();
+  p.num_units = static_cast<int32_t>(units.size());
+  const ScalarType state = state_type(p.dtype);
+  Tensor partial_out, partial_max, partial_sum;
+  if (p.plan.num_partials > 0) {
+    partial_out = torch::stable::new_empty(q, {p.plan.num_partials, p.num_q_heads, p.v_head_dim}, state);
+    partial_max = torch::stable::new_empty(q, {p.plan.num_partials, p.num_q_heads}, state);
+    partial_sum = torch::stable::new_empty(q, {p.plan.num_partials, p.num_q_heads}, state);
+    p.partial_out = partial_out.mutable_data_ptr();
+    p.partial_max = partial_max.mutable_data_ptr();
+    p.partial_sum = partial_sum.mutable_data_ptr();
+  }
+  const int64_t group = p.num_q_heads / p.num_kv_heads;
+  dispatch_isa([&]<Isa isa>() {
+    p.scratch_bytes = attend_scratch_bytes<isa>(p, 1, 1);
+    for (const AttendUnit& u : units) {
+      const PlanTask& task = p.plan.task[u.task_begin];
+      p.scratch_bytes = std::max(p.scratch_bytes, attend_scratch_bytes<isa>(p, (task.query_end - task.query_begin) * group, u.head_count));
+    }
+    attend<isa>(p);
+  });
+}
+
+std::tuple<Tensor, Tensor> attend_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots, const Tensor& query,
+                                     const Tensor& segment, const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
+                                     const Tensor& merge_row, const Tensor& counts, const std::optional<Tensor>& sinks, double scale,
+                                     double softcap, int64_t window) {
+  AttendParams p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks, scale, softcap, window);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, state_type(p.dtype));
+  run_forward(p, q, out, lse);
+  return {out, lse};
+}
+
+void attend_out_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots, const Tensor& query, const Tensor& segment,
+                   const Tensor& item, const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row, const Tensor& counts,
+                   const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window, Tensor out, Tensor lse) {
+  AttendParams p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks, scale, softcap, window);
+  check_cpu(out, "out");
+  check_cpu(lse, "lse");
+  check_dtype(out, "out", {q.scalar_type()});
+  check_shape(out, "out", "[Nq, Hq, Dv]", {q.size(0), q.size(1), v.size(2)});
+  check_dtype(lse, "lse", {state_type(p.dtype)});
+  check_shape(lse, "lse", "[Nq, Hq]", {q.size(0), q.size(1)});
+  require(lse.is_contiguous(), "lse", "contiguous", "strides");
+  run_forward(p, q, out, lse);
+}
+
+// Units of the backward pass: each KV head, or each KV head and group of tasks where heads are few. Tasks
+// of the same rows stay together, because dQ has one owner. A group costs one copy of dK and dV.
+std::vector<AttendUnit> backward_units(const AttendParams& p, int32_t& groups) {
+  constexpr int32_t kMinUnits = 8;
+  std::vector<int32_t> cuts;  // first tasks whose rows no earlier task touches
+  int32_t reached = 0;
+  int64_t total = 0;
+  std::vector<int64_t> cost(static_cast<size_t>(p.plan.num_tasks));
+  for (int32_t t = 0; t < p.plan.num_tasks; ++t) {
+    const PlanTask& task = p.plan.task[t];
+    if (task.query_begin >= reached) cuts.push_back(t);
+    reached = std::max(reached, task.query_end);
+    int64_t sum = 1;
+    for (int32_t i = task.item_begin; i < task.item_end; ++i) {
+      for (int32_t s = p.plan.item[i].segment_begin; s < p.plan.item[i].segment_end; ++s) {
+        sum += int64_t{p.plan.segment[s].length} * (p.plan.item[i].query_end - p.plan.item[i].query_begin);
+      }
+    }
+    cost[static_cast<size_t>(t)] = sum;
+    total += sum;
+  }
+  const int32_t wanted = p.num_kv_heads >= kMinUnits ? 1 : 2;
+  std::vector<int32_t> first{0};
+  int64_t seen = 0;
+  for (int32_t t = 0, c = 0; t < p.plan.num_tasks; ++t) {
+    while (c < static_cast<int32_t>(cuts.size()) && cuts[static_cast<size_t>(c)] < t) ++c;
+    const bool may_cut = c < static_cast<int32_t>(cuts.size()) && cuts[static_cast<size_t>(c)] == t;
+    if (may_cut && t > 0 && static_cast<int32_t>(first.size()) < wanted && seen * wanted >= total * static_cast<int64_t>(first.size())) {
+      first.push_back(t);
+    }
+    seen += cost[static_cast<size_t>(t)];
+  }
+  groups = static_cast<int32_t>(first.size());
+  first.push_back(p.plan.num_tasks);
+  std::vector<AttendUnit> units;
+  for (int32_t g = 0; g < groups; ++g) {
+    for (int32_t h = 0; h < p.num_kv_heads; ++h) units.push_back({first[static_cast<size_t>(g)], first[static_cast<size_t>(g) + 1], h, 1, g});
+  }
+  return units;
+}
+
+Tensor finish_gradient(const Tensor& sum, ScalarType dtype) {
+  Tensor t = sum.size(0) == 1 ? torch::stable::select(sum, 0, 0) : torch::stable::sum(sum, std::vector<int64_t>{0});
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
+    const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const Tensor& slots, const Tensor& query, const Tensor& segment, const Tensor& item, const Tensor& task,
+    const Tensor& merge_ptr, const Tensor& merge_row, const Tensor& counts, const std::optional<Tensor>& sinks, double scale,
+    double softcap, int64_t window) {
+  AttendBackwardParams b{};
+  AttendParams& p = b.forward;
+  p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks, scale, softcap, window);
+  const ScalarType state = state_type(p.dtype);
+  check_dtype(dout_, "dout", {q.scalar_type()});
+  check_shape(dout_, "dout", "[Nq, Hq, Dv]", {q.size(0), q.size(1), v.size(2)});
+  check_dtype(out, "out", {q.scalar_type()});
+  check_shape(out, "out", "[Nq, Hq, Dv]", {q.size(0), q.size(1), v.size(2)});
+  check_dtype(lse, "lse", {state});
+  check_shape(lse, "lse", "[Nq, Hq]", {q.size(0), q.size(1)});
+  require(lse.is_contiguous(), "lse", "contiguous", "strides");
+  const Tensor dout = torch::stable::contiguous(dout_);
+  Tensor dlse;
+  if (dlse_.has_value()) {
+    check_dtype(*dlse_, "dlse", {state});
+    check_shape(*dlse_, "dlse", "[Nq, Hq]", {q.size(0), q.size(1)});
+    dlse = torch::stable::contiguous(*dlse_);
+    b.dlse = dlse.const_data_ptr();
+  }
+  p.out = strided(out, "out");
+  p.lse = const_cast<void*>(lse.const_data_ptr());
+  b.dout = strided(dout, "dout");
+  b.num_slots = k.size(0);
+  int32_t groups = 1;
+  const std::vector<AttendUnit> units = backward_units(p, groups);
+  p.units = units.data();
+  p.num_units = static_cast<int32_t>(units.size());
+
+  Tensor dq = torch::stable::new_zeros(q, {q.size(0), q.size(1), q.size(2)}, state);
+  Tensor dk = torch::stable::new_zeros(q, {groups, k.size(0), k.size(1), k.size(2)}, state);
+  Tensor dv = torch::stable::new_zeros(q, {groups, v.size(0), v.size(1), v.size(2)}, state);
+  Tensor dsinks = torch::stable::new_zeros(q, {sinks.has_value() ? q.size(1) : 0}, state);
+  b.dq = dq.mutable_data_ptr();
+  b.dk = dk.mutable_data_ptr();
+  b.dv = dv.mutable_data_ptr();
+  Tensor sink_rows;
+  if (sinks.has_value()) {
+    sink_rows = torch::stable::new_zeros(q, {q.size(0), q.size(1)}, state);
+    b.dsinks = sink_rows.mutable_data_ptr();
+  }
+  const int64_t group = p.num_q_heads / p.num_kv_heads;
+  dispatch_isa([&]<Isa isa>() {
+    p.scratch_bytes = attend_backward_scratch_bytes<isa>(p, std::max<int64_t>(1, p.plan.max_task_queries) * group);
+    attend_backward<isa>(b);
+  });
+  if (sinks.has_value()) {  // rows in order, whatever the number of threads
+    auto add = [&]<class T>(T) {
+      const T* rows = static_cast<const T*>(b.dsinks);
+      T* sum = static_cast<T*>(dsinks.mutable_data_ptr());
+      for (int64_t i = 0; i < q.size(0); ++i) {
+        for (int64_t h = 0; h < q.size(1); ++h) sum[h] += rows[i * q.size(1) + h];
+      }
+    };
+    if (state == ScalarType::Double) {
+      add(double{});
+    } else {
+      add(float{});
+    }
+  }
+  const ScalarType dtype = q.scalar_type();
+  return {dq.scalar_type() == dtype ? dq : torch::stable::to(dq, dtype), finish_gradient(dk, dtype), finish_gradient(dv, dtype), dsinks};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(palmette, CPU, m) {
+  m.impl("attend", TORCH_BOX(&attend_op));
+  m.impl("attend_out", TORCH_BOX(&attend_out_op));
+  m.impl("attend_backward", TORCH_BOX(&attend_backward_op));
+}
+
+}  // namespace palmette

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contract between the attend operators and their kernels: plain pointers, every one with its shape.
+//
+// T is the arithmetic type: float for fp32 / bf16 / fp16 inputs, double for float64 (scalar body only).
+#pragma once
+
+#include <cstdint>
+
+#include "core/isa.h"
+
+namespace palmette {
+
+// Rows of a plan's tables (docs/design.md, "A plan").
+struct PlanSegment {  // keys slots[begin .. begin + length); key i is seen from lo + i * step <= pos < hi
+  int32_t begin, length, lo, step, hi, depth;
+};
+struct PlanItem {  // the keys of segments [segment_begin, segment_end) meet queries [query_begin, query_end)
+  int32_t segment_begin, segment_end, query_begin, query_end;
+};
+struct PlanTask {  // items [item_begin, item_end) update the states of queries [query_begin, query_end)
+  int32_t item_begin, item_end, query_begin, query_end, partial_begin, kv_head;
+};
+
+struct PlanView {
+  const int32_t* slots;        // [*]
+  const int32_t* query_index;  // [num_queries]: row of q, in order of position
+  const int32_t* query_pos;    // [num_queries]
+  const int32_t* query_depth;  // [num_queries]
+  const PlanSegment* segment;  // [num_segments]
+  const PlanItem* item;        // [num_items]
+  const PlanTask* task;        // [num_tasks]
+  const int32_t* merge_ptr;    // [num_queries + 1]
+  const int32_t* merge_row;    // [num_partials]
+  int32_t num_queries, num_tasks, num_partials, max_task_queries;
+};
+
+// What one worker takes at a time: some KV heads of one task (forward) or of a run of tasks (backward).
+struct AttendUnit {
+  int32_t task_begin, task_end, head_begin, head_count, group;  // group: backward, which copy of dk and dv
+};
+
+struct Strided {  // [tokens, heads, channels], channels contiguous; strides in elements
+  void* data;
+  int64_t token, head;
+};
+
+struct AttendParams {
+  PlanView plan;
+  Strided q, k, v;          // [Nq, Hq, D], [slots, Hk, D], [slots, Hk, Dv]
+  Strided out;              // [Nq, Hq, Dv]
+  void* lse;                // T [Nq, Hq]
+  void* partial_out;        // T [num_partials, Hq, Dv]
+  void* partial_max;        // T [num_partials, Hq]: running maximum, log2 units
+  void* partial_sum;        // T [num_partials, Hq]: sum of 2^(s - max)
+  const void* sinks;        // T [Hq] or null
+  const AttendUnit* units;  // [num_units]
+  int32_t num_units;
+  DType dtype;
+  int32_t num_q_heads, num_kv_heads, head_dim, v_head_dim;
+  double scale, softcap;  // softcap 0: none
+  int32_t window;         // 0: none
+  int64_t scratch_bytes;  // per worker
+};
+
+struct AttendBackwardParams {
+  AttendParams forward;  // inputs, out and lse as the forward pass returned them; units of one KV head each
+  Strided dout;          // [Nq, Hq, Dv], dtype of q
+  const void* dlse;      // T [Nq, Hq] or null
+  void* dq;              // T [Nq, Hq, D], zeroed
+  void* dk;              // T [groups, slots, Hk, D], zeroed
+  void* dv;              // T [groups, slots, Hk, Dv], zeroed
+  void* dsinks;          // T [num_queries, Hq] or null: per row, summed by the operator
+  int64_t num_slots;
+};
+
+// Bytes of scratch that one worker needs for a task of `rows` query rows of `heads` KV heads at a time.
+template <Isa isa>
+int64_t attend_scratch_bytes(const AttendParams& p, int64_t rows, int64_t heads);
+template <Isa isa>
+int64_t attend_backward_scratch_bytes(const AttendParams& p, int64_t rows);
+template <Isa isa>
+void attend(const AttendParams& p);
+template <Isa isa>
+void attend_backward(const AttendBackwardParams& p);
+
+}  // namespace palmette

@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plan/partition.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+
+#include "plan/error.h"
+
+namespace palmette {
+
+namespace {
+
+// Items that no query outside [query_begin, query_end) meets: what can become one task or several without
+// anyone else noticing.
+struct Block {
+  int32_t item_begin, item_end, query_begin, query_end;
+  int64_t keys;
+  double cost, thin_cost;  // thin: of items with few rows
+};
+
+// A place in the list of items: the first `key` keys of `item` lie before it.
+struct Cut {
+  int32_t item, key;
+};
+
+struct Range {
+  int32_t begin, end;
+};
+
+class Partitioner {
+ public:
+  Partitioner(const Draft& draft, const CostModel& model, const Heads& heads, Plan& plan)
+      : draft_(draft), model_(model), heads_(heads), plan_(plan) {}
+
+  void run() {
+    total_cost_ = 0;
+    for (const DraftItem& item : draft_.item) total_cost_ += item.cost;
+    unit_cost_ = std::max(kMinUnitCost, total_cost_ * kv_heads() / kUnits);
+    const double num_queries = static_cast<double>(draft_.pos.size());
+    const double row_bytes = static_cast<double>(heads_.num_q_heads * (heads_.head_dim + 1) * 4);
+    partial_limit_ = std::max(2 * num_queries, std::floor(kFreePartialBytes / row_bytes));
+    find_blocks();
+    for (const Block& block : blocks_) add_tasks(block);
+    list_merges();
+  }
+
+ private:
+  double kv_heads() const { return static_cast<double>(heads_.num_kv_heads); }
+  int64_t rows(int64_t queries) const { return queries * model_.group(); }
+
+  // Items sorted by their first query: a block ends where no earlier item reaches the next item's queries.
+  // Neighbouring blocks join while they are too small to be worth a task each.
+  void find_blocks() {
+    blocks_.clear();
+    const int64_t limit = max_task_queries(heads_);
+    const int32_t count = static_cast<int32_t>(draft_.item.size());
+    for (int32_t i = 0; i < count;) {
+      Block b{i, i, draft_.item[i].query_begin, draft_.item[i].query_end, 0, 0, 0};
+      for (; i < count && (b.item_end == b.item_begin || draft_.item[i].query_begin < b.query_end); ++i) {
+        const DraftItem& item = draft_.item[i];
+        b.item_end = i + 1;
+        b.query_end = std::max(b.query_end, item.query_end);
+        b.keys += item.keys;
+        b.cost += item.cost;
+        if (rows(item.query_end - item.query_begin) <= kThinRows) b.thin_cost += item.cost;
+      }
+      if (!blocks_.empty()) {
+        Block& last = blocks_.back();
+        const int64_t queries = b.query_end - last.query_begin;
+        const double cost = (last.cost + b.cost) * kv_heads();
+        if (queries <= limit &&
+            (cost <= kMinUnitCost || (cost <= unit_cost_ && rows(queries) <= kThinRows))) {
+          last.item_end = b.item_end;
+          last.query_end = b.query_end;
+          last.keys += b.keys;
+          last.cost += b.cost;
+          last.thin_cost += b.thin_cost;
+          continue;
+        }
+      }
+      blocks_.push_back(b);
+    }
+  }
+
+  // Cuts [begin, end) into `parts` of equal cost. A cut moves to the edge of an item if that is near, because
+  // only cuts inside an item cost anything; else it goes between two of the kernel's tiles of keys.
+  void cut_equally(const Block& b, int64_t parts) {
+    cuts_.assign(1, Cut{b.item_begin, 0});
+    const double share = b.cost / static_cast<double>(parts);
+    double before = 0;
+    int64_t k = 1;
+    for (int32_t i = b.item_begin; i < b.item_end && k < parts; ++i) {
+      const DraftItem& item = draft_.item[i];
+      for (; k < parts && static_cast<double>(k) * share < before + item.cost; ++k) {
+        const double into = static_cast<double>(k) * share - before, left = item.cost - into;
+        Cut cut = into < left ? Cut{i, 0} : Cut{i + 1, 0};
+        if (std::min(into, left) > share / 8 && item.keys >= 2 * kKeyStep) {
+          const int32_t queries = item.query_end - item.query_begin;
+          const double keys = (into - model_.fixed(queries)) / model_.per_key(queries);
+          const int32_t last = item.keys / kKeyStep - 1;
+          const int32_t step = std::clamp(static_cast<int32_t>(std::lround(keys / kKeyStep)), 1, last);
+          cut = Cut{i, step * kKeyStep};
+        }
+        const Cut& previous = cuts_.back();
+        if (cut.item > previous.item || (cut.item == previous.item && cut.key > previous.key))
+          cuts_.push_back(cut);
+      }
+      before += item.cost;
+    }
+    if (cuts_.back().item == b.item_end) cuts_.pop_back();
+    cuts_.push_back(Cut{b.item_end, 0});
+  }
+
+  // Queries that the items between two cuts meet.
+  Range part_queries(const Cut& from, const Cut& to) const {
+    Range r{INT_MAX, 0};
+    for (int32_t i = from.item; i < to.item + (to.key > 0); ++i) {
+      r.begin = std::min(r.begin, draft_.item[i].query_begin);
+      r.end = std::max(r.end, draft_.item[i].query_end);
+    }
+    return r;
+  }
+
+  // Ranges are sorted by their begin: does ranges_[i] share queries with another?
+  bool overlaps(size_t i, int32_t reached) const {
+    return reached > ranges_[i].begin || (i + 1 < ranges_.size() && ranges_[i + 1].begin < ranges_[i].end);
+  }
+
+  int64_t partial_rows() const {
+    int64_t total = 0;
+    int32_t reached = 0;  // by earlier parts
+    for (size_t i = 0; i < ranges_.size(); ++i) {
+      if (overlaps(i, reached)) total += ranges_[i].end - ranges_[i].begin;
+      reached = std::max(reached, ranges_[i].end);
+    }
+    return total;
+  }
+
+  void add_tasks(const Block& b) {
+    const bool thin = 2 * b.thin_cost > b.cost;
+    int64_t parts = static_cast<int64_t>(std::ceil(b.cost * (thin ? kv_heads() : 1.0) / unit_cost_ - 0.05));
+    if (thin) parts = std::min(parts, b.keys / kMinThinKeys);
+    // Partial states are a budget that blocks share by their cost; what one leaves, later ones may use.
+    partial_earned_ += partial_limit_ * b.cost / total_cost_;
+    const double allowed = std::floor(partial_earned_ + 1e-6) - plan_.num_partials;
+    for (; parts > 1; --parts) {
+      cut_equally(b, parts);
+      ranges_.clear();
+      for (size_t i = 0; i + 1 < cuts_.size(); ++i) ranges_.push_back(part_queries(cuts_[i], cuts_[i + 1]));
+      if (static_cast<double>(partial_rows()) <= allowed) break;
+    }
+    if (parts <= 1) cuts_ = {Cut{b.item_begin, 0}, Cut{b.item_end, 0}};
+
+    ranges_.clear();
+    const size_t first_task = plan_.task.size();
+    for (size_t i = 0; i + 1 < cuts_.size(); ++i) add_part(cuts_[i], cuts_[i + 1]);
+    int32_t reached = 0;
+    for (size_t i = 0; i < ranges_.size(); ++i) {
+      const int32_t queries = ranges_[i].end - ranges_[i].begin;
+      if (overlaps(i, reached)) {
+        plan_.task[first_task + i].partial_begin = plan_.num_partials;
+        plan_.num_partials += queries;
+      }
+      plan_.max_task_queries = std::max(plan_.max_task_queries, queries);
+      reached = std::max(reached, ranges_[i].end);
+    }
+  }
+
+  // Emits the items between two cuts as a task that writes directly; its queries are those that the items
+  // meet.
+  void add_part(const Cut& from, const Cut& to) {
+    const int32_t item_begin = static_cast<int32_t>(plan_.item.size());
+    Range all{INT_MAX, 0};
+    for (int32_t i = from.item; i < to.item + (to.key > 0); ++i) {
+      const DraftItem& item = draft_.item[i];
+      const int32_t key_begin = i == from.item ? from.key : 0, key_end = i == to.item ? to.key : item.keys;
+      const Range queries = add_item(item, key_begin, key_end);
+      all.begin = std::min(all.begin, queries.begin);
+      all.end = std::max(all.end, queries.end);
+    }
+    plan_.task.push_back({item_begin, static_cast<int32_t>(plan_.item.size()), all.begin, all.end, -1, -1});
+    ranges_.push_back(all);
+  }
+
+  Range add_item(const DraftItem& item, int32_t key_begin, int32_t key_end) {
+    const int32_t segment_begin = static_cast<int32_t>(plan_.segment.size());
+    int32_t key = 0, hi = 0;
+    for (int32_t s = item.segment_begin; s < item.segment_end && key < key_end; ++s) {
+      PlanSegment part = draft_.segment[s];
+      const int32_t skip = std::max(key_begin - key, 0), take = std::min(part.length, key_end - key);
+      key += part.length;
+      if (skip >= take) continue;
+      part.begin += skip, part.lo += skip * part.step, part.depth += skip;
+      part.length = take - skip;
+      hi = std::max(hi, part.hi);
+      plan_.segment.push_back(part);
+    }
+    Range queries{item.query_begin, item.query_end};
+    if (key_begin > 0 ||
+        key_end < item.keys) {  // the rest of an item may be seen by fewer queries than the whole
+      const auto first = draft_.pos.begin() + item.query_begin, last = draft_.pos.begin() + item.query_end;
+      const auto seen = std::lower_bound(first, last, plan_.segment[segment_begin].lo);
+      queries = {static_cast<int32_t>(seen - draft_.pos.begin()),
+                 static_cast<int32_t>(std::lower_bound(seen, last, hi) - draft_.pos.begin())};
+    }
+    plan_.item.push_back(
+        {segment_begin, static_cast<int32_t>(plan_.segment.size()), queries.begin, queries.end});
+    plan_.max_item_keys = std::max(plan_.max_item_keys, key_end - key_begin);
+    plan_.keys_read += key_end - key_begin;
+    return queries;
+  }
+
+  void list_merges() {
+    plan_.merge_ptr.assign(draft_.pos.size() + 1, 0);
+    plan_.merge_row.resize(plan_.num_partials);
+    if (plan_.num_partials == 0) return;
+    int32_t* count = plan_.merge_ptr.data() + 1;
+    for (const PlanTask& t : plan_.task) {
+      for (int32_t j = t.query_begin; t.partial_begin >= 0 && j < t.query_end; ++j) ++count[j];
+    }
+    for (size_t j = 1; j < plan_.merge_ptr.size(); ++j) plan_.merge_ptr[j] += plan_.merge_ptr[j - 1];
+    fill_.assign(plan_.merge_ptr.begin(), plan_.merge_ptr.end() - 1);
+    for (const PlanTask& t : plan_.task) {
+      for (int32_t j = t.query_begin; t.partial_begin >= 0 && j < t.query_end; ++j) {
+        plan_.merge_row[fill_[j]++] = t.partial_begin + j - t.query_begin;
+      }
+    }
+  }
+
+  const Draft& draft_;
+  const CostModel& model_;
+  const Heads& heads_;
+  Plan& plan_;
+  double total_cost_ = 0, unit_cost_ = 0, partial_limit_ = 0, partial_earned_ = 0;
+  std::vector<Block> blocks_;
+  std::vector<Cut> cuts_;
+  std::vector<Range> ranges_;
+  std::vector<int32_t> fill_;
+};
+
+}  // namespace
+
+void Draft::clear() {
+  index.clear(), pos.clear(), depth.clear();
+  segment.clear();
+  item.clear();
+}
+
+void Draft::add_keys(size_t first, const PlanSegment& keys) {
+  if (segment.size() > first && continues(segment.back(), keys)) {
+    segment.back().length += keys.length;
+  } else if (keys.length > 0) {
+    segment.push_back(keys);
+  }
+}
+
+void Draft::close_item(size_t first, int32_t query_begin, int32_t query_end, const CostModel& model) {
+  int64_t keys = 0;
+  for (size_t s = first; s < segment.size(); ++s) keys += segment[s].length;
+  check(segment.size() <= INT_MAX && keys <= INT_MAX, "the keys of an item must be at most ", INT_MAX,
+        ", got ", keys);
+  item.push_back({static_cast<int32_t>(first), static_cast<int32_t>(segment.size()), query_begin, query_end,
+                  static_cast<int32_t>(keys), model.item(query_end - query_begin, keys)});
+}
+
+int64_t max_task_queries(const Heads& heads) {
+  return std::max<int64_t>(1, kMaxTaskRows / (heads.num_q_heads / heads.num_kv_heads));
+}
+
+void partition(const Draft& draft, const CostModel& model, const Heads& heads, Plan& plan) {
+  plan.segment.clear(), plan.item.clear(), plan.task.clear();
+  plan.num_partials = plan.max_task_queries = plan.max_item_keys = 0;
+  plan.keys_read = 0;
+  Partitioner(draft, model, heads, plan).run();
+}
+
+}  // namespace palmette

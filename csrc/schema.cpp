@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every operator's signature. Implementations are registered beside their checks, in csrc/<mechanism>/op.cpp
+// and csrc/plan/.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(palmette, m) {
+  // merge: states of the same query, combined by log-sum-exp
+  m.def("merge_states(Tensor outs, Tensor lses, Tensor? indptr, bool base2) -> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_state(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, bool base2) -> (Tensor out, "
+      "Tensor lse)");
+  m.def(
+      "merge_state_backward(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor "
+      "lse_b, Tensor out, "
+      "Tensor lse, bool base2) -> (Tensor dout_a, Tensor dlse_a, Tensor dout_b, Tensor dlse_b)");
+  m.def(
+      "merge_states_backward(Tensor dout, Tensor dlse, Tensor outs, Tensor lses, Tensor? indptr, Tensor out, "
+      "Tensor lse, "
+      "bool base2) -> (Tensor douts, Tensor dlses)");
+
+  // attend: queries meet tiles of keys under a plan
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor query, Tensor segment, Tensor item, Tensor "
+      "task, "
+      "Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor? sinks, float scale, float softcap, int "
+      "window) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "attend_out(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor query, Tensor segment, Tensor item, "
+      "Tensor task, "
+      "Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor? sinks, float scale, float softcap, int "
+      "window, "
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "attend_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor slots, "
+      "Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, Tensor merge_row, Tensor "
+      "counts, "
+      "Tensor? sinks, float scale, float softcap, int window) -> (Tensor dq, Tensor dk, Tensor dv, Tensor "
+      "dsinks)");
+
+  // plan: trees of tokens (int32 tables, laid out in plan/tree.h), and which of their keys meet which queries
+  m.def(
+      "tree_build(Tensor parent, Tensor num_tokens, Tensor? slots) -> (Tensor nodes, Tensor counts, "
+      "Tensor arena)");
+  m.def(
+      "tree_append(Tensor(a!) nodes, Tensor(b!) counts, Tensor(c!) arena, Tensor node, Tensor count, "
+      "Tensor? slots) -> Tensor arena_needed");
+  m.def(
+      "tree_branch(Tensor(a!) nodes, Tensor(b!) counts, int node, int num_children) -> Tensor nodes_needed");
+  m.def("tree_prune(Tensor(a!) nodes, Tensor(b!) counts, Tensor arena, int node) -> Tensor freed");
+  m.def(
+      "tree_layout(Tensor nodes, Tensor counts) -> (Tensor order, Tensor start, Tensor path_length, "
+      "Tensor leaves)");
+  m.def("tree_subtree_end(Tensor nodes, Tensor counts) -> Tensor");
+  m.def("tree_slots(Tensor nodes, Tensor counts, Tensor arena, int node) -> Tensor");
+  m.def(
+      "plan_tree(Tensor nodes, Tensor tree_counts, str queries, Tensor? query_node, Tensor? query_offset, "
+      "int num_q_heads, int num_kv_heads, int head_dim, str split, int block_len, Tensor(a!) counts, "
+      "Tensor(b!) query, Tensor(c!) segment, Tensor(d!) item, Tensor(e!) task, Tensor(f!) merge_ptr, "
+      "Tensor(g!) merge_row, Tensor(h!) io) -> Tensor done");
+
+  // core: which body of the kernels runs; palmette.testing and `python -m palmette env` call these
+  m.def("_set_backend(str name) -> str");
+  m.def("_backends() -> str");
+  m.def("_build_info() -> str");
+}

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks in one message style, ``NAME must be WANTED, got GOT``; all raise ValueError."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX = (torch.int32, torch.int64)
+
+
+def check_dtype(name: str, tensor: torch.Tensor, wanted: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in wanted:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+        raise ValueError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_dim(name: str, tensor: torch.Tensor, symbols: str) -> None:
+    """``symbols`` names the dimensions: ``"[N, H, Dv]"``."""
+    if tensor.dim() != symbols.count(",") + 1:
+        raise ValueError(f"{name} must be {symbols}, got {list(tensor.shape)}")
+
+
+def check_shape(name: str, tensor: torch.Tensor, symbols: str, wanted: Sequence[int]) -> None:
+    if tensor.dim() != len(wanted) or any(a != b for a, b in zip(tensor.shape, wanted, strict=True)):
+        raise ValueError(f"{name} must be {symbols} = {list(wanted)}, got {list(tensor.shape)}")
+
+
+def check_device(name: str, tensor: torch.Tensor, wanted: torch.device) -> None:
+    if tensor.device != wanted:
+        raise ValueError(f"{name} must be on {wanted}, got {tensor.device}")

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole systems on top of the package's operators. Their extra dependencies are imported when they are used."""
+
+from .search import ThoughtNode, Thoughts, beam_search, best_of_n, few_shot, tree_of_thought
+from .token_trees import TokenRecycling, TokenTree, medusa_paths
+from .tree_decoding import Completion, Step, TreeDecoder, Verified
+
+__all__ = [
+    "Completion",
+    "Step",
+    "ThoughtNode",
+    "Thoughts",
+    "TokenRecycling",
+    "TokenTree",
+    "TreeDecoder",
+    "Verified",
+    "beam_search",
+    "best_of_n",
+    "few_shot",
+    "medusa_paths",
+    "tree_of_thought",
+]

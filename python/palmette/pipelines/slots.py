@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which slots of a paged KV pool are free."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+
+class SlotPool:
+    """Hands out the slots of a KV pool in pages; a page belongs to one node, so its tokens lie together.
+
+    The lowest free page goes first: what is recycled is used again before the pool grows, and a prompt in a fresh
+    pool is contiguous.
+
+    Args:
+        page_size: Slots per page.
+        num_slots: Slots to begin with, rounded up to whole pages.
+        max_slots: Upper limit, rounded down to whole pages; None (default): the pool grows without one.
+    """
+
+    def __init__(self, page_size: int, num_slots: int, max_slots: int | None = None) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size must be positive, got {page_size}")
+        if max_slots is not None and max_slots < page_size:
+            raise ValueError(f"max_slots must be at least page_size ({page_size}), got {max_slots}")
+        self.page_size = page_size
+        self.max_slots = max_slots
+        self._max_pages = None if max_slots is None else max_slots // page_size
+        pages = max(1, -(-num_slots // page_size))
+        self._num_pages = pages if self._max_pages is None else min(pages, self._max_pages)
+        self._free = list(range(self._num_pages))
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the pool, free or not: what the KV pool must hold."""
+        return self._num_pages * self.page_size
+
+    @property
+    def num_free(self) -> int:
+        """Slots of the free pages."""
+        return len(self._free) * self.page_size
+
+    def allocate(self, held: Sequence[int], count: int) -> list[int]:
+        """Slots for ``count`` more tokens of a node that holds ``held``: the rest of its last page, then new pages.
+
+        The pool grows to at least twice its size where it must; its owner then grows the KV pool to ``num_slots``.
+
+        Raises:
+            RuntimeError: ``max_slots`` is used up; nothing was allocated.
+        """
+        slots: list[int] = []
+        if held and (rest := -(held[-1] + 1) % self.page_size):
+            slots.extend(range(held[-1] + 1, held[-1] + 1 + min(rest, count)))
+        pages = -(-(count - len(slots)) // self.page_size)
+        if pages > len(self._free):
+            self._grow(pages - len(self._free))
+        for _ in range(pages):
+            first = heapq.heappop(self._free) * self.page_size
+            slots.extend(range(first, first + min(self.page_size, count - len(slots))))
+        return slots
+
+    def release(self, slots: Iterable[int], kept: Iterable[int] = ()) -> None:
+        """Give back a node's slots: their pages are free, but for those that ``kept``, its other slots, lie in."""
+        pages = {slot // self.page_size for slot in slots} - {slot // self.page_size for slot in kept}
+        for page in pages:
+            heapq.heappush(self._free, page)
+
+    def _grow(self, missing: int) -> None:
+        wanted = max(self._num_pages + missing, 2 * self._num_pages)
+        if self._max_pages is not None:
+            wanted = min(wanted, self._max_pages)
+        if wanted < self._num_pages + missing:
+            raise RuntimeError(
+                f"max_slots must be at least {(self._num_pages + missing) * self.page_size} for this step, "
+                f"got {self.max_slots}: prune branches or make the decoder with a larger max_slots"
+            )
+        for page in range(self._num_pages, wanted):
+            heapq.heappush(self._free, page)
+        self._num_pages = wanted

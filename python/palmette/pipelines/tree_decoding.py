@@ -1,0 +1,662 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding a tree of token sequences with a Hugging Face model: every leaf in one forward, every shared token once.
+
+The system of DeFT (arXiv 2404.00242): branches share the KV cache of their common path, one tree attention per layer
+serves all leaves. ``search`` builds few-shot, best-of-n, beam search and tree-of-thought on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .sampling import check_sampling, choose_tokens, probabilities, token_logprobs
+from .slots import SlotPool
+from .token_trees import Paths, TokenTree
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one ``TreeDecoder.step`` chose.
+
+    Attributes:
+        nodes: The leaves that were decoded, depth-first.
+        tokens: Each leaf's new token.
+        logprobs: Its log-probability under the model (temperature 1).
+        logits: [leaves, vocab], what the tokens were chosen from.
+    """
+
+    nodes: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One path of the tree, from below the prompt to a leaf.
+
+    Attributes:
+        node: The leaf at its end.
+        tokens: Its tokens below the prompt (with the prompt, where asked for), an end token included.
+        score: Sum of the log-probabilities of the generated tokens.
+        finished: Whether it ended with an end token.
+    """
+
+    node: int
+    tokens: list[int]
+    score: float
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One leaf's outcome of ``TreeDecoder.verify_step``.
+
+    Attributes:
+        node: The leaf.
+        tokens: Tokens that were committed: the pending one, then the accepted drafts.
+        num_accepted: How many drafts were accepted.
+    """
+
+    node: int
+    tokens: list[int]
+    num_accepted: int
+
+
+@dataclass
+class Node:
+    """What the decoder knows of a node of its tree."""
+
+    parent: int
+    start: int  # tokens above it on its path
+    tokens: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    children: list[int] = field(default_factory=list)
+    score: float = 0.0  # of its own tokens
+    num_prompt: int = 0  # its first tokens, that are the prompt
+    finished: bool = False
+    logits: torch.Tensor | None = None  # [vocab] after its last token
+    pending: tuple[int, float] | None = None  # next token and its log-probability, chosen but not decoded
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """The tokens of one forward.
+
+    Attributes:
+        tree: The ``palmette.Tree`` that they attend along.
+        queries: Which of its tokens they are, as ``palmette.plan_tree_attention`` takes it.
+        nodes: The decoder's node of every token; for drafts the leaf that they continue.
+        draft_parents: For drafts, the batch index of each token's parent, -1 below the leaf; else None.
+        tokens, positions, slots: int64 [n].
+        keep: int64 [rows], tokens whose logits are wanted.
+    """
+
+    tree: Any
+    queries: str | tuple[torch.Tensor, torch.Tensor]
+    nodes: list[int]
+    draft_parents: list[int] | None
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    keep: torch.Tensor
+
+
+class TreeDecoder:
+    """Decodes a tree of sequences with a Hugging Face causal language model.
+
+    Args:
+        model: A Llama- or Qwen-style ``transformers`` model on the CPU. Its attention is set to
+            ``"palmette"`` (see ``palmette.integrations.transformers``), which it otherwise uses as before.
+        dtype: The KV pool's dtype (default: the model's). Queries are converted to it, outputs back.
+        max_slots: Tokens that the KV pool may hold (default: it grows as needed).
+        page_size: Slots per page of the KV pool; a page belongs to one node.
+        eos_token_id: Token or tokens that end a sequence. ``"model"`` (default) takes the model's; None: nothing ends.
+        prefill_chunk: Tokens per forward when a prompt is read.
+        split: How plans split the keys, see ``palmette.plan_tree_attention``.
+
+    Raises:
+        ValueError: An option is out of range.
+        ImportError: ``transformers`` is not installed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        max_slots: int | None = None,
+        page_size: int = 16,
+        eos_token_id: int | Iterable[int] | str | None = "model",
+        prefill_chunk: int = 512,
+        split: str = "auto",
+    ) -> None:
+        from ..integrations.transformers import ATTENTION_NAME, PagedCache, register
+
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be positive, got {prefill_chunk}")
+        register()
+        model.set_attn_implementation(ATTENTION_NAME)
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.num_q_heads = int(self.config.num_attention_heads)
+        self.num_kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.num_q_heads)
+        self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_q_heads)
+        self.eos_token_ids = _eos_token_ids(model, eos_token_id)
+        self.prefill_chunk = prefill_chunk
+        self.split = split
+        self._pool = SlotPool(page_size, 1024, max_slots)
+        self.cache = PagedCache(model.config, self._pool.num_slots, dtype=dtype or model.dtype, device=model.device)
+        self._nodes: dict[int, Node] = {}
+        self._tree: Any = None
+        self._leaf_plan: Any = None
+        self._last: tuple[list[int], torch.Tensor] = ([], torch.empty(0))
+
+    # ---- reading the tree
+
+    @property
+    def tree(self) -> Any:
+        """The ``palmette.Tree`` of all tokens in the KV pool. Change it through the decoder only."""
+        if self._tree is None:
+            raise ValueError("prefill must come first, got a decoder without a prompt")
+        return self._tree
+
+    @property
+    def plan(self) -> Any:
+        """The plan of the last step in which all leaves were decoded; None before it."""
+        return self._leaf_plan
+
+    @property
+    def leaves(self) -> list[int]:
+        """Ids of all leaves, depth-first; none without a prompt, or when all were pruned."""
+        if self._tree is None:
+            return []
+        leaves: list[int] = torch.as_tensor(self.tree.leaves).tolist()
+        return leaves
+
+    @property
+    def active(self) -> list[int]:
+        """Ids of the leaves that no end token has finished, depth-first."""
+        return [node for node in self.leaves if not self._nodes[node].finished]
+
+    def node(self, node: int) -> Node:
+        """The record of a live node, for reading.
+
+        Raises:
+            ValueError: There is no such node, or it was pruned.
+        """
+        if node not in self._nodes:
+            raise ValueError(f"node must be a live node of the tree, got {node}")
+        return self._nodes[node]
+
+    def path(self, node: int) -> list[int]:
+        """Ids from the root to ``node``."""
+        self.node(node)
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self._nodes[node].parent
+        return path[::-1]
+
+    def score(self, node: int) -> float:
+        """Sum of the log-probabilities of all generated tokens on the path to ``node``; given tokens count nothing."""
+        return sum(self._nodes[n].score for n in self.path(node))
+
+    def sequence(self, node: int, *, include_prompt: bool = False) -> Completion:
+        """The tokens from the root to the end of ``node``, without the prompt unless asked for."""
+        path = [self._nodes[n] for n in self.path(node)]
+        tokens = [token for n in path for token in n.tokens[0 if include_prompt else n.num_prompt :]]
+        return Completion(node, tokens, self.score(node), path[-1].finished)
+
+    def sequences(self, *, include_prompt: bool = False) -> list[Completion]:
+        """The sequences of all leaves, depth-first."""
+        return [self.sequence(node, include_prompt=include_prompt) for node in self.leaves]
+
+    def logits(self, nodes: Sequence[int]) -> torch.Tensor:
+        """Logits [nodes, vocab] of the token that follows each node.
+
+        Raises:
+            ValueError: A node has none: it is finished or waits for its first token.
+        """
+        last_nodes, last = self._last
+        if list(nodes) == last_nodes:
+            return last
+        rows = []
+        for node in nodes:
+            logits = self.node(node).logits
+            if logits is None:
+                raise ValueError(f"node must be one whose last token was decoded, got {node}")
+            rows.append(logits)
+        return torch.stack(rows)
+
+    def likeliest(self, node: int, count: int) -> list[int]:
+        """The ``count`` likeliest tokens after ``node``, best first."""
+        tokens: list[int] = self.logits([node])[0].topk(count).indices.tolist()
+        return tokens
+
+    # ---- growing and cutting the tree
+
+    def reset(self) -> None:
+        """Forget every sequence; the KV pool keeps its memory."""
+        for node in self._nodes.values():
+            self._pool.release(node.slots)
+        self._nodes.clear()
+        self._tree = self._leaf_plan = None
+        self._last = ([], torch.empty(0))
+
+    def prefill(
+        self,
+        prompt: Sequence[int] | torch.Tensor | Sequence[Sequence[int]],
+        *,
+        on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> list[int]:
+        """Read one prompt or a batch of prompts, each the root of a tree.
+
+        Args:
+            prompt: Token ids, or a list of lists of them.
+            on_logits: Called per chunk with (tokens [n], logits [n, vocab]); without it, only the last token's logits
+                are computed.
+
+        Returns:
+            The roots' ids.
+
+        Raises:
+            ValueError: A prompt is empty, or the decoder holds a tree already (``reset`` it).
+        """
+        from palmette import Tree
+
+        prompts = _as_prompts(prompt)
+        if self._nodes:
+            raise ValueError("prefill must come before all else, got a decoder that holds a tree: call reset() first")
+        self._nodes = {root: Node(-1, 0, num_prompt=len(tokens)) for root, tokens in enumerate(prompts)}
+        counts = {root: len(tokens) for root, tokens in enumerate(prompts)}
+        try:
+            slots = self._reserve(counts)
+        except (RuntimeError, ValueError):
+            self._nodes = {}
+            raise
+        for root, record in self._nodes.items():
+            record.tokens, record.slots = prompts[root], slots[root]
+        order = torch.tensor([slot for root in counts for slot in slots[root]])
+        self._tree = Tree([-1] * len(prompts), list(counts.values()), order)
+        self._decode(counts, on_logits)
+        return list(counts)
+
+    def extend(self, tokens: Mapping[int, Sequence[int]]) -> None:
+        """Append given tokens (a question, the start of a thought) to leaves; they do not count in scores.
+
+        Args:
+            tokens: Per leaf its token ids, at least one.
+
+        Raises:
+            ValueError: A node is no leaf, is finished, or waits for its first token.
+        """
+        for node, given in tokens.items():
+            self._check_leaf(node)
+            if self._nodes[node].pending is not None:
+                raise ValueError(f"node must have no pending token, got {node}: call step() first")
+            if not len(given):
+                raise ValueError(f"tokens must hold at least one token for every node, got none for {node}")
+        if tokens:
+            counts = {node: len(given) for node, given in tokens.items()}
+            self._append({node: [int(t) for t in given] for node, given in tokens.items()}, self._reserve(counts))
+            self._decode(counts)
+
+    def fork(self, node: int, branches: int | Sequence[int]) -> list[int]:
+        """Branch a node into children that share its path.
+
+        Args:
+            node: A node whose next token's logits are known: a leaf, or an inner node.
+            branches: How many children; or the first token of each, decoded by the next step.
+
+        Returns:
+            The children's ids.
+
+        Raises:
+            ValueError: The node is finished, waits for its first token, or ``branches`` is empty.
+        """
+        parent = self.node(node)
+        tokens = None if isinstance(branches, int) else [int(t) for t in branches]
+        count = branches if isinstance(branches, int) else len(branches)
+        if count < 1:
+            raise ValueError(f"branches must be at least 1, got {count}")
+        if parent.finished or parent.pending is not None or parent.logits is None:
+            raise ValueError(f"node must be unfinished and decoded to its end to be forked, got {node}")
+        children = [int(child) for child in self.tree.branch(node, count)]
+        parent.logits = parent.logits.clone()  # a row of its own: a view would keep the whole step's logits alive
+        logprobs = [0.0] * count
+        if tokens is not None:
+            logprobs = token_logprobs(parent.logits.expand(count, -1), torch.tensor(tokens)).tolist()
+        for index, child in enumerate(children):
+            self._nodes[child] = record = Node(node, parent.start + len(parent.tokens), logits=parent.logits)
+            if tokens is not None:
+                record.pending, record.logits = (tokens[index], logprobs[index]), None
+        parent.children.extend(children)
+        return children
+
+    def prune(self, node: int) -> list[int]:
+        """Remove a node, all below it, and every ancestor that is left without leaves; their slots are used again.
+
+        Returns:
+            Ids of the removed nodes.
+        """
+        top = self.path(node)
+        while len(top) > 1 and len(self._nodes[top[-2]].children) == 1:
+            top.pop()
+        removed, stack = [], [top[-1]]
+        while stack:
+            removed.append(stack.pop())
+            stack.extend(self._nodes[removed[-1]].children)
+        self.tree.prune(node)
+        if len(top) > 1:
+            self._nodes[top[-2]].children.remove(top[-1])
+        for gone in removed:
+            self._pool.release(self._nodes.pop(gone).slots)
+        if not self._nodes:
+            self.reset()
+        return removed
+
+    def step(
+        self,
+        nodes: Sequence[int] | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Step:
+        """Append one token to each leaf and decode all of them in one forward.
+
+        A leaf that was forked with a token takes that one. A leaf whose token ends its sequence is finished: the token
+        is recorded, not decoded, and the leaf takes no part in later steps.
+
+        Args:
+            nodes: The leaves to decode (default: all that are active), in any order.
+            temperature: 0 (default): the likeliest token; else the logits' divisor for sampling.
+            top_k, top_p: Sample among the likeliest tokens only (default: all).
+            generator: Source of the draws.
+
+        Raises:
+            ValueError: A node is no leaf or is finished, or an option is out of range.
+            RuntimeError: The KV pool is full.
+        """
+        active = self.active
+        if nodes is not None:
+            for node in nodes:
+                self._check_leaf(node)
+            chosen = set(nodes)
+            active = [node for node in active if node in chosen]
+        self.choose(active, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        logits = self._last[1] if self._last[0] == active else torch.empty(0)
+        growing = {node: 1 for node in active if not self._is_at_end(node)}
+        slots = self._reserve(growing)  # may fail, so it comes before anything is recorded
+        tokens, logprobs = self._take_pending(active)
+        if growing:
+            self._append({node: tokens[i : i + 1] for i, node in enumerate(active) if node in growing}, slots)
+            self._decode(growing)
+        return Step(active, tokens, logprobs, logits)
+
+    def choose(
+        self,
+        nodes: Sequence[int],
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[int]:
+        """Choose the next token of leaves without decoding it; the next ``step`` or ``verify_step`` takes it.
+
+        Args:
+            nodes: Leaves; those that have a pending token keep it.
+            temperature, top_k, top_p, generator: See ``step``.
+
+        Returns:
+            The pending token of each leaf.
+        """
+        check_sampling(temperature, top_k, top_p)
+        open_nodes = [node for node in nodes if self.node(node).pending is None]
+        if open_nodes:
+            logits = self.logits(open_nodes)
+            tokens = choose_tokens(
+                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+            )
+            logprobs = token_logprobs(logits, tokens).tolist()
+            for node, token, logprob in zip(open_nodes, tokens.tolist(), logprobs, strict=True):
+                self._nodes[node].pending = (token, logprob)
+        return [pending[0] for node in nodes if (pending := self._nodes[node].pending) is not None]
+
+    def force(self, tokens: Mapping[int, int]) -> None:
+        """Give leaves their next token, as if it had been chosen: it counts in their scores.
+
+        Raises:
+            ValueError: A node is no leaf, is finished, or has a pending token.
+        """
+        for node, token in tokens.items():
+            self._check_leaf(node)
+            if self._nodes[node].pending is not None:
+                raise ValueError(f"node must have no pending token, got {node}: call step() first")
+            logprob = token_logprobs(self.logits([node]), torch.tensor([token]))
+            self._nodes[node].pending = (token, float(logprob))
+
+    def verify_step(
+        self,
+        paths: Paths | TokenTree,
+        draft_tokens: torch.Tensor,
+        nodes: Sequence[int] | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[Verified]:
+        """Verify a token tree below the pending token of each leaf, and commit what the model agrees with.
+
+        The committed tokens are what ``step`` would have chosen: the same ones when greedy, the same distribution when
+        sampling. ``choose`` tells the pending token that drafts must continue.
+
+        Args:
+            paths: The token tree, Medusa-style paths of child indices (or a ``TokenTree`` made of them once).
+            draft_tokens: int64 [leaves, len(paths)] (one leaf: [len(paths)] too), the token at the end of every path.
+            nodes: The leaves (default: all that are active), in any order.
+            temperature, top_k, top_p, generator: See ``step``.
+
+        Raises:
+            ValueError: ``draft_tokens`` has another shape, a node is no leaf or is finished.
+            RuntimeError: The KV pool is full.
+        """
+        from .verification import verify_leaves
+
+        check_sampling(temperature, top_k, top_p)
+        drafts = paths if isinstance(paths, TokenTree) else TokenTree(paths)
+        leaves = self.active if nodes is None else list(nodes)
+        draft_tokens = torch.atleast_2d(torch.as_tensor(draft_tokens, dtype=torch.long))
+        if draft_tokens.shape != (len(leaves), len(drafts)):
+            raise ValueError(
+                f"draft_tokens must be [{len(leaves)}, {len(drafts)}] for as many leaves and paths, "
+                f"got {list(draft_tokens.shape)}"
+            )
+        for node in leaves:
+            self._check_leaf(node)
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.choose(leaves, generator=generator, **options)  # type: ignore[arg-type]
+        to_probabilities = None
+        if temperature > 0:
+            to_probabilities = lambda logits: probabilities(logits, temperature, top_k, top_p)  # noqa: E731
+        return verify_leaves(self, drafts, draft_tokens, leaves, to_probabilities, generator)
+
+    # ---- what a forward takes
+
+    def _check_leaf(self, node: int) -> None:
+        record = self.node(node)
+        if record.children or record.finished:
+            raise ValueError(
+                f"node must be an unfinished leaf, got {node}, which {'has children' if record.children else 'is finished'}"
+            )
+
+    def _is_at_end(self, node: int) -> bool:
+        """Whether the node's pending token ends its sequence."""
+        pending = self._nodes[node].pending
+        return pending is not None and pending[0] in self.eos_token_ids
+
+    def _reserve(self, counts: Mapping[int, int], ahead: int = 0) -> dict[int, list[int]]:
+        """Slots for ``counts[node]`` more tokens of each node, of which the last ``ahead`` lie side by side.
+
+        Raises:
+            ValueError: A sequence would be longer than the model can take.
+            RuntimeError: The pool is full. Nothing is reserved then.
+        """
+        for node, count in counts.items():
+            record = self._nodes[node]
+            self._check_length(record.start + len(record.tokens) + count - ahead)
+        slots: dict[int, list[int]] = {}
+        try:
+            for node, count in counts.items():
+                slots[node] = self._pool.allocate(self._nodes[node].slots, count)
+        except RuntimeError:
+            for node, part in slots.items():
+                self._pool.release(part, self._nodes[node].slots)
+            raise
+        self.cache.reserve(self._pool.num_slots)
+        return slots
+
+    def _check_length(self, length: int) -> None:
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ValueError(f"sequences must be at most {limit} tokens (max_position_embeddings), got {length}")
+
+    def _take_pending(self, nodes: Sequence[int]) -> tuple[list[int], list[float]]:
+        """Record the pending tokens of ``nodes``: their scores, and an end token, which ends its sequence."""
+        tokens, logprobs = [], []
+        for node in nodes:
+            record = self._nodes[node]
+            assert record.pending is not None  # choose() saw to it
+            token, logprob = record.pending
+            record.pending = None
+            record.score += logprob
+            if token in self.eos_token_ids:
+                record.tokens.append(token)
+                record.finished, record.logits = True, None
+            tokens.append(token)
+            logprobs.append(logprob)
+        return tokens, logprobs
+
+    def _append(self, tokens: Mapping[int, Sequence[int]], slots: Mapping[int, Sequence[int]]) -> None:
+        """Make new tokens and their slots part of the tree."""
+        self.tree.append(
+            torch.tensor(list(tokens)),
+            torch.tensor([len(given) for given in tokens.values()]),
+            torch.tensor([slot for node in tokens for slot in slots[node]]),
+        )
+        for node, given in tokens.items():
+            self._nodes[node].tokens.extend(given)
+            self._nodes[node].slots.extend(slots[node])
+
+    def _decode(
+        self,
+        counts: Mapping[int, int],
+        on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> None:
+        """Run the model over the last ``counts[node]`` tokens of each node, in chunks, and keep their last logits."""
+        todo: list[tuple[int, int]] = []
+        last = []
+        for node, count in counts.items():
+            record = self._nodes[node]
+            end = len(record.tokens)
+            todo.extend((node, offset) for offset in range(end - count, end))
+            last.append(len(todo) - 1)
+        is_step = all(count == 1 for count in counts.values()) and list(counts) == self.leaves
+        rows = []
+        for begin in range(0, len(todo), len(todo) if is_step else self.prefill_chunk):
+            part = todo if is_step else todo[begin : begin + self.prefill_chunk]
+            nodes = [node for node, _ in part]
+            offsets = torch.tensor([offset for _, offset in part])
+            records = [self._nodes[node] for node in nodes]
+            keep = range(len(part))
+            wanted = [index - begin for index in last if begin <= index < begin + len(part)]
+            batch = TreeBatch(
+                tree=self.tree,
+                queries="leaves" if is_step else (torch.tensor(nodes), offsets),
+                nodes=nodes,
+                draft_parents=None,
+                tokens=torch.tensor([r.tokens[o] for r, (_, o) in zip(records, part, strict=True)]),
+                positions=torch.tensor([r.start for r in records]) + offsets,
+                slots=torch.tensor([r.slots[o] for r, (_, o) in zip(records, part, strict=True)]),
+                keep=torch.tensor(list(keep) if on_logits is not None else wanted, dtype=torch.long),
+            )
+            logits = self._forward(batch)
+            if on_logits is not None:
+                on_logits(batch.tokens, logits)
+                logits = logits[wanted]
+            rows.append(logits)
+        logits = rows[0] if len(rows) == 1 else torch.cat(rows)
+        self._last = (list(counts), logits)
+        for node, row in zip(counts, logits, strict=True):
+            self._nodes[node].logits = row
+
+    def _plan(self, batch: TreeBatch) -> Any:
+        from palmette import plan_tree_attention
+
+        if isinstance(batch.queries, str) and self._leaf_plan is not None:
+            self._leaf_plan.update()
+            return self._leaf_plan
+        plan = plan_tree_attention(
+            batch.tree,
+            batch.queries,
+            num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            split=self.split,
+        )
+        if isinstance(batch.queries, str):
+            self._leaf_plan = plan
+        return plan
+
+    @torch.inference_mode()
+    def _forward(self, batch: TreeBatch) -> torch.Tensor:
+        """Logits [rows, vocab] of the tokens that ``batch.keep`` names; all tokens' K and V go to the pool."""
+        self.cache.slots = batch.slots
+        output = self.model(
+            input_ids=batch.tokens[None],
+            position_ids=batch.positions[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=batch.keep,
+            tree_plan=self._plan(batch),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _compact(self, node: int, source: Sequence[int], target: Sequence[int]) -> None:
+        """Move tokens of ``node`` in every layer's pool from slots to slots."""
+        from palmette import compact_kv_
+
+        if list(source) != list(target):
+            src, dst = torch.tensor(source), torch.tensor(target)
+            for layer in self.cache.layers:
+                compact_kv_(layer.keys, layer.values, src, dst)
+
+
+def _eos_token_ids(model: Any, eos_token_id: int | Iterable[int] | str | None) -> frozenset[int]:
+    if isinstance(eos_token_id, str):
+        if eos_token_id != "model":
+            raise ValueError(f'eos_token_id must be token ids, None or "model", got "{eos_token_id}"')
+        eos_token_id = getattr(model.generation_config, "eos_token_id", None)
+        if eos_token_id is None:
+            eos_token_id = model.config.eos_token_id
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)  # type: ignore[arg-type]
+
+
+def _as_prompts(prompt: Any) -> list[list[int]]:
+    if isinstance(prompt, torch.Tensor):
+        prompt = prompt.tolist()
+    prompts = [list(prompt)] if len(prompt) and isinstance(prompt[0], int) else [list(p) for p in prompt]
+    if not prompts or not all(prompts):
+        raise ValueError(f"prompt must hold at least one token, got lengths {[len(p) for p in prompts]}")
+    return prompts

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from palmette import testing
+
+ALL_BODIES = ("scalar", "avx2", "avx2x16", "avx512")
+BODIES = tuple(body for body in ALL_BODIES if body in testing.backends())
+
+# Drawn examples are the same in every run, so a failure on CI is a failure here; nightly runs may ask for random ones.
+hypothesis.settings.register_profile("palmette", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("random", deadline=None, max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "palmette"))
+
+
+def pytest_report_header() -> list[str]:
+    missing = [body for body in ALL_BODIES if body not in BODIES]
+    return [f"palmette: bodies {', '.join(BODIES)}; not on this CPU: {', '.join(missing) or 'none'}"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=BODIES)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every ISA body that this CPU has."""
+    with testing.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def scalar_backend() -> Iterator[str]:
+    """The scalar body: the only one that has float64 kernels."""
+    with testing.backend("scalar"):
+        yield "scalar"
+
+
+@pytest.fixture
+def num_threads() -> Iterator[object]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
