@@ -7,37 +7,29 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   // merge: states of the same query, combined by log-sum-exp
   m.def("merge_states(Tensor outs, Tensor lses, Tensor? indptr, bool base2) -> (Tensor out, Tensor lse)");
   m.def(
-      "merge_state(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, bool base2) -> (Tensor out, "
-      "Tensor lse)");
-  m.def(
-      "merge_state_backward(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor "
-      "lse_b, Tensor out, "
-      "Tensor lse, bool base2) -> (Tensor dout_a, Tensor dlse_a, Tensor dout_b, Tensor dlse_b)");
-  m.def(
       "merge_states_backward(Tensor dout, Tensor dlse, Tensor outs, Tensor lses, Tensor? indptr, Tensor out, "
-      "Tensor lse, "
-      "bool base2) -> (Tensor douts, Tensor dlses)");
+      "Tensor lse, bool base2) -> (Tensor douts, Tensor dlses)");
+  m.def(
+      "merge_state(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, bool base2) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_state_backward(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
+      "Tensor out, Tensor lse, bool base2) -> (Tensor dout_a, Tensor dlse_a, Tensor dout_b, Tensor dlse_b)");
 
   // attend: queries meet tiles of keys under a plan
   m.def(
-      "attend(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor query, Tensor segment, Tensor item, Tensor "
-      "task, "
-      "Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor? sinks, float scale, float softcap, int "
-      "window) "
-      "-> (Tensor out, Tensor lse)");
+      "attend(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor query, Tensor segment, Tensor item, "
+      "Tensor task, Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor? sinks, float scale, "
+      "float softcap, int window) -> (Tensor out, Tensor lse)");
   m.def(
       "attend_out(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor query, Tensor segment, Tensor item, "
-      "Tensor task, "
-      "Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor? sinks, float scale, float softcap, int "
-      "window, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "Tensor task, Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor? sinks, float scale, "
+      "float softcap, int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "attend_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor slots, "
-      "Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, Tensor merge_row, Tensor "
-      "counts, "
-      "Tensor? sinks, float scale, float softcap, int window) -> (Tensor dq, Tensor dk, Tensor dv, Tensor "
-      "dsinks)");
+      "Tensor slots, Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, "
+      "Tensor merge_row, Tensor counts, Tensor? sinks, float scale, float softcap, int window) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
 
   // plan: trees of tokens (int32 tables, laid out in plan/tree.h), and which of their keys meet which queries
   m.def(
@@ -59,6 +51,24 @@ STABLE_TORCH_LIBRARY(palmette, m) {
       "int num_q_heads, int num_kv_heads, int head_dim, str split, int block_len, Tensor(a!) counts, "
       "Tensor(b!) query, Tensor(c!) segment, Tensor(d!) item, Tensor(e!) task, Tensor(f!) merge_ptr, "
       "Tensor(g!) merge_row, Tensor(h!) io) -> Tensor done");
+
+  m.def(
+      "plan_varlen(Tensor q_indptr, Tensor kv_indptr, bool causal, int num_queries, int num_keys, "
+      "int num_q_heads, int num_kv_heads, int head_dim, int item_capacity, int partial_capacity) -> (Tensor "
+      "slots, Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, Tensor merge_row, "
+      "Tensor counts)");
+
+  // verify: token trees against the target's logits or probabilities, and what follows in the KV cache
+  m.def("verify_extent(Tensor nodes, Tensor tree_counts) -> Tensor");
+  m.def(
+      "verify_greedy(Tensor nodes, Tensor tree_counts, Tensor draft_tokens, Tensor target_logits, "
+      "int num_roots, int max_depth) -> (Tensor accepted, Tensor num_accepted, Tensor bonus)");
+  m.def(
+      "verify_sample(Tensor nodes, Tensor tree_counts, Tensor draft_tokens, Tensor target_probs, "
+      "Tensor uniforms, int num_roots, int max_depth) -> (Tensor accepted, Tensor num_accepted, "
+      "Tensor bonus)");
+  m.def(
+      "compact_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor src_slots, Tensor dst_slots) -> ()");
 
   // core: which body of the kernels runs; palmette.testing and `python -m palmette env` call these
   m.def("_set_backend(str name) -> str");

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-
 from palmette import testing
 
 ALL_BODIES = ("scalar", "avx2", "avx2x16", "avx512")
 BODIES = tuple(body for body in ALL_BODIES if body in testing.backends())
 
-# Drawn examples are the same in every run, so a failure on CI is a failure here; nightly runs may ask for random ones.
+# Drawn examples are the same in every run, so a failure on CI is a failure here; nightly runs may ask for
+# random ones.
 hypothesis.settings.register_profile("palmette", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.register_profile("random", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "palmette"))

@@ -216,8 +216,8 @@ def evaluate_plan(
 ) -> tuple[Tensor, Tensor]:
     """q [Nq, Hq, D], k [slots, Hk, D], v [slots, Hk, Dv] -> out [Nq, Hq, Dv], lse [Nq, Hq], both float64.
 
-    Rows of q that the plan does not name, and rows that see no key, get out 0 and lse -inf. Sinks [Hq] join
-    each query once.
+    Rows of q that the plan does not name, and rows that see no key, get out 0 and lse -inf (with sinks [Hq],
+    which join each query once: the sink).
     """
     p = _unpack(plan)
     q, k, v = q.double(), k.double(), v.double()
@@ -262,7 +262,7 @@ def evaluate_plan(
                 state = _merge(torch.stack([s[0] for s in merging]), torch.stack([s[1] for s in merging]))
             else:
                 state = states[j, head]
-            if sinks is not None and state[1] != -torch.inf:
+            if sinks is not None:
                 sink = sinks[head].double()
                 state = _merge(
                     torch.stack([state[0], torch.zeros_like(state[0])]), torch.stack([state[1], sink])

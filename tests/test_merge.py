@@ -7,10 +7,9 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
+import palmette
 import pytest
 import torch
-
-import palmette
 from palmette.reference import merge as reference
 from palmette.testing import assert_accurate
 from palmette.testing import backend as use_backend
@@ -51,7 +50,9 @@ def test_dense_against_reference(backend, dtype, head_dim, num_states, num_heads
     want_out, want_lse = reference.merge_states(outs, lses, lse_base=base)
     plain_out, plain_lse = plain(outs, lses, base == "2")
     assert_accurate(out, want_out, plain_out, atol=1e-6, name="out")  # measured 2.4e-7 in float32
-    assert_accurate(lse, want_lse, plain_lse, atol=2e-6, name="lse")  # measured 9.5e-7: half an ulp at |lse| = 8..16
+    assert_accurate(
+        lse, want_lse, plain_lse, atol=2e-6, name="lse"
+    )  # measured 9.5e-7: half an ulp at |lse| = 8..16
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
@@ -216,9 +217,13 @@ def drawn(seed, n, s, h, d):
     return outs.masked_fill(hidden[..., None], NAN), lses.masked_fill(hidden, -INF)
 
 
-SHAPES = dict(
-    seed=st.integers(0, 10_000), n=st.integers(1, 4), s=st.integers(1, 9), h=st.integers(1, 18), d=st.integers(1, 70)
-)
+SHAPES = {
+    "seed": st.integers(0, 10_000),
+    "n": st.integers(1, 4),
+    "s": st.integers(1, 9),
+    "h": st.integers(1, 18),
+    "d": st.integers(1, 70),
+}
 
 
 @hypothesis.given(**SHAPES)
@@ -285,10 +290,11 @@ def test_gradcheck(scalar_backend, base):
     """float64 through the scalar kernels: the code that runs is the code that is checked."""
     outs = torch.randn(3, 4, 2, 5, dtype=torch.float64, requires_grad=True)
     lses = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda o, l: palmette.merge_states(o, l, lse_base=base), (outs, lses))
+    assert torch.autograd.gradcheck(lambda o, s: palmette.merge_states(o, s, lse_base=base), (outs, lses))
     indptr = torch.tensor([0, 3, 3, 4, 12])
     assert torch.autograd.gradcheck(
-        lambda o, l: palmette.merge_states(o.flatten(0, 1), l.flatten(0, 1), indptr, lse_base=base)[:1], (outs, lses)
+        lambda o, s: palmette.merge_states(o.flatten(0, 1), s.flatten(0, 1), indptr, lse_base=base)[:1],
+        (outs, lses),
     )
     pair = [t[:, i].detach().requires_grad_() for i in (0, 2) for t in (outs, lses)]
     assert torch.autograd.gradcheck(lambda *args: palmette.merge_state(*args, lse_base=base), pair)
@@ -309,8 +315,8 @@ def test_gradients_against_reference(backend, dtype, head_dim, base):
         loss = (out * dout.to(out.dtype)).sum() + (lse[some] * dlse.to(lse.dtype)[some]).sum()
         return torch.autograd.grad(loss, (outs, lses))
 
-    got = gradients(lambda o, l: palmette.merge_states(o, l, lse_base=base), outs, lses)
-    want = gradients(lambda o, l: reference.merge_states(o, l, lse_base=base), outs.double(), lses.double())
+    got = gradients(lambda o, s: palmette.merge_states(o, s, lse_base=base), outs, lses)
+    want = gradients(lambda o, s: reference.merge_states(o, s, lse_base=base), outs.double(), lses.double())
     rounding = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     assert_accurate(got[0], want[0], atol=rounding, name="douts")
     # out is rounded to the dtype before the backward reads it: sum_d |dout| |rounding of out| in 16 bits
@@ -325,16 +331,17 @@ def test_gradient_through_out_or_lse_alone(backend):
     for pick in (0, 1):
         grads = []
         for merge in (palmette.merge_states, reference.merge_states):
-            o, l = outs.clone().requires_grad_(), lses.clone().requires_grad_()
-            merge(o, l)[pick].sum().backward()
-            grads.append((o.grad, l.grad))
+            o, s = outs.clone().requires_grad_(), lses.clone().requires_grad_()
+            merge(o, s)[pick].sum().backward()
+            grads.append((o.grad, s.grad))
         for got, want in zip(*grads, strict=True):
             if pick == 1 and want is None:
                 want = torch.zeros_like(got)
             assert_accurate(got, want.double(), atol=3e-6)
 
 
-# ---------------------------------------------------------------------------------------------- torch machinery
+# ---------------------------------------------------------------------------------------------- torch
+# machinery
 
 
 def merge_arguments(dtype=torch.float32, grad=True):
@@ -405,18 +412,18 @@ def test_compile_does_not_recompile_for_another_number_of_queries():
 
 # ---------------------------------------------------------------------------------------------- bad input
 
-O, L = torch.zeros(4, 3, 2, 8), torch.zeros(4, 3, 2)
+OUTS, LSES = torch.zeros(4, 3, 2, 8), torch.zeros(4, 3, 2)
 FLAT_O, FLAT_L = torch.zeros(6, 2, 8), torch.zeros(6, 2)
 
 BAD_STATES = [
-    ("outs must be float32 or bfloat16 or float16 or float64, got int32", (O.int(), L)),
+    ("outs must be float32 or bfloat16 or float16 or float64, got int32", (OUTS.int(), LSES)),
     ("outs must be [N, S, H, Dv], got [6, 2, 8]", (FLAT_O, FLAT_L)),
-    ("outs must be [nnz, H, Dv], got [4, 3, 2, 8]", (O, L, torch.tensor([0, 4]))),
-    ("lses must be float32, got bfloat16", (O, L.bfloat16())),
-    ("lses must be float64, got float32", (O.double(), L)),
-    ("lses must be [N, S, H] = [4, 3, 2], got [4, 2, 3]", (O, L.transpose(1, 2))),
+    ("outs must be [nnz, H, Dv], got [4, 3, 2, 8]", (OUTS, LSES, torch.tensor([0, 4]))),
+    ("lses must be float32, got bfloat16", (OUTS, LSES.bfloat16())),
+    ("lses must be float64, got float32", (OUTS.double(), LSES)),
+    ("lses must be [N, S, H] = [4, 3, 2], got [4, 2, 3]", (OUTS, LSES.transpose(1, 2))),
     ("lses must be [nnz, H] = [6, 2], got [5, 2]", (FLAT_O, FLAT_L[:5], torch.tensor([0, 6]))),
-    ("lses must be on cpu, got meta", (O, L.to("meta"))),
+    ("lses must be on cpu, got meta", (OUTS, LSES.to("meta"))),
     ("indptr must be int32 or int64, got float32", (FLAT_O, FLAT_L, torch.tensor([0.0, 6.0]))),
     ("indptr must be [N + 1], got [0]", (FLAT_O, FLAT_L, torch.tensor([], dtype=torch.int32))),
     ("indptr must be [N + 1], got [1, 2]", (FLAT_O, FLAT_L, torch.tensor([[0, 6]]))),
@@ -424,7 +431,10 @@ BAD_STATES = [
     ("indptr[0] must be 0, got 1", (FLAT_O, FLAT_L, torch.tensor([1, 6]))),
     ("indptr must be non-decreasing, got 3 after 5 at 2", (FLAT_O, FLAT_L, torch.tensor([0, 5, 3, 6]))),
     ("indptr[N] must be 6, the number of states, got 7", (FLAT_O, FLAT_L, torch.tensor([0, 7]))),
-    ("indptr[N] must be 6, the number of states, got 5", (FLAT_O, FLAT_L, torch.tensor([0, 5], dtype=torch.int32))),
+    (
+        "indptr[N] must be 6, the number of states, got 5",
+        (FLAT_O, FLAT_L, torch.tensor([0, 5], dtype=torch.int32)),
+    ),
 ]
 
 
@@ -459,26 +469,36 @@ def test_bad_pair(message, args):
 def test_bad_lse_base():
     for base in ("10", "E", 2, None):
         with pytest.raises(ValueError, match="lse_base must be 'e' or '2', got"):
-            palmette.merge_states(O, L, lse_base=base)
+            palmette.merge_states(OUTS, LSES, lse_base=base)
         with pytest.raises(ValueError, match="lse_base must be 'e' or '2', got"):
             palmette.merge_state(A, LA, A, LA, lse_base=base)
 
 
 def test_float64_needs_the_scalar_backend(backend):
     if backend == "scalar":
-        assert palmette.merge_states(O.double(), L.double())[0].dtype == torch.float64
+        assert palmette.merge_states(OUTS.double(), LSES.double())[0].dtype == torch.float64
         return
-    with pytest.raises(ValueError, match="outs must be .*float64 runs on the scalar backend only.*, got float64"):
-        palmette.merge_states(O.double(), L.double())
+    with pytest.raises(
+        ValueError, match=r"outs must be .*float64 runs on the scalar backend only.*, got float64"
+    ):
+        palmette.merge_states(OUTS.double(), LSES.double())
 
 
 RAW = [
     ("outs must be [N, S, H, Dv], got [6, 2, 8]", merge_op, (FLAT_O, FLAT_L, None, False)),
-    ("outs must be float32 or bfloat16 or float16 or float64, got int64", merge_op, (O.long(), L, None, False)),
-    ("lses must be float32, got float64", merge_op, (O, L.double(), None, False)),
-    ("lses must be [N, S, H] = [4, 3, 2], got [4, 3]", merge_op, (O, L[..., 0], None, False)),
+    (
+        "outs must be float32 or bfloat16 or float16 or float64, got int64",
+        merge_op,
+        (OUTS.long(), LSES, None, False),
+    ),
+    ("lses must be float32, got float64", merge_op, (OUTS, LSES.double(), None, False)),
+    ("lses must be [N, S, H] = [4, 3, 2], got [4, 3]", merge_op, (OUTS, LSES[..., 0], None, False)),
     ("indptr must be int32 or int64, got uint8", merge_op, (FLAT_O, FLAT_L, torch.zeros(2).byte(), False)),
-    ("indptr must be non-decreasing, got -1 after 0 at 1", merge_op, (FLAT_O, FLAT_L, torch.tensor([0, -1]), False)),
+    (
+        "indptr must be non-decreasing, got -1 after 0 at 1",
+        merge_op,
+        (FLAT_O, FLAT_L, torch.tensor([0, -1]), False),
+    ),
     ("out_b must be [N, H, Dv] = [4, 2, 8], got [3, 2, 8]", pair_op, (A, LA, A[:3], LA, False)),
     ("lse_b must be float32, got bfloat16", pair_op, (A, LA, A, LA.bfloat16(), False)),
 ]
@@ -495,9 +515,9 @@ def test_raw_backward_checks_too():
     backward = torch.ops.palmette.merge_states_backward
     out, lse = torch.zeros(4, 2, 8), torch.zeros(4, 2)
     with pytest.raises(RuntimeError, match=r"dout must be \[N, H, Dv\] = \[4, 2, 8\], got \[4, 2, 7\]"):
-        backward(out[..., :7], lse, O, L, None, out, lse, False)
+        backward(out[..., :7], lse, OUTS, LSES, None, out, lse, False)
     with pytest.raises(RuntimeError, match="dlse must be float32, got float64"):
-        backward(out, lse.double(), O, L, None, out, lse, False)
+        backward(out, lse.double(), OUTS, LSES, None, out, lse, False)
 
 
 def test_unknown_backend():

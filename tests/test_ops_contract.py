@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator of the library keeps the contract: a fake, opcheck cases, documentation, autograd by opcheck.
+"""Every operator of the library keeps the contract: a fake, documentation, and cases for opcheck.
 
-A test module that covers operators has a table ``OPCHECK_CASES``: operator name -> function that returns argument tuples.
-This module collects the tables, so that adding an operator without adding its cases fails here.
+A test module that covers operators has a table ``OPCHECK_CASES``: operator name -> function that returns
+argument tuples. This module collects the tables, so that adding an operator without adding its cases fails
+here.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
+import palmette
 import pytest
 import torch
-
-import palmette
 from palmette import testing
 
 TESTS = Path(__file__).parent
@@ -22,7 +22,7 @@ OPERATORS = TESTS.parent / "docs" / "operators.md"
 
 
 def registered() -> list[str]:
-    """Names of the operators, without those that begin with an underscore (queries about the library itself)."""
+    """Names of the operators, without those about the library itself, which begin with an underscore."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("palmette::")]
     return sorted(name.removeprefix("palmette::") for name in names if not name.startswith("palmette::_"))
 

@@ -54,12 +54,12 @@ PALMETTE_INLINE typename S::I lanes_that_see(const KeyTile& t, int k, const Bloc
 // S[key][rows] = sum_d K[key][d] Q[d][rows] for keys [0, n).
 template <class B>
 PALMETTE_INLINE void scores(const TileView<typename B::S::Scalar>& k, int n, const typename B::S::Scalar* q, int d,
-                            typename B::S::Scalar* s, int64_t lds) {
+                            typename B::S::Scalar* s, int64_t lds, PrefetchQueue* soon = nullptr) {
   constexpr int NU = B::NU, P = B::P;
   const int steps = B::steps(d);
   auto run = [&]<int MR>(std::integral_constant<int, MR>, int i) {
     multiply_block<typename B::S, MR, NU, P, true, Start::kZero>(k.data + i * k.stride, k.stride, q, B::kWidth,
-                                                                 s + i * lds, lds, steps);
+                                                                 s + i * lds, lds, steps, nullptr, soon);
   };
   constexpr int kMain = NU == 2 ? 6 : 12;
   int i = 0;
@@ -76,12 +76,12 @@ PALMETTE_INLINE void scores(const TileView<typename B::S::Scalar>& k, int n, con
 template <class B, Start kStart>
 PALMETTE_INLINE void accumulate(const TileView<typename B::S::Scalar>& v, int n, const typename B::S::Scalar* p,
                                 int64_t ldp, typename B::S::Scalar* o, int d,
-                                const typename B::S::Scalar* scale = nullptr) {
+                                const typename B::S::Scalar* scale = nullptr, PrefetchQueue* soon = nullptr) {
   constexpr int NU = B::NU, P = B::P;
   const int steps = B::steps(d);
   auto run = [&]<int MR>(std::integral_constant<int, MR>, int i) {
     multiply_block<typename B::S, MR, NU, P, false, kStart>(v.data + i * P, v.stride, p, ldp, o + i * B::kWidth,
-                                                            B::kWidth, n, scale);
+                                                            B::kWidth, n, scale, soon);
   };
   constexpr int kMain = NU == 2 ? 6 : 12;
   int i = 0;
@@ -140,7 +140,8 @@ __attribute__((noinline)) void attend_block(const KeyTile& t, const TileView<typ
                                             const TileView<typename B::S::Scalar>& v, bool v_finite,
                                             const typename B::S::Scalar* q, int d, int dv,
                                             const BlockRows<typename B::S>& rows, int window, double softcap,
-                                            BlockState<typename B::S::Scalar> st, typename B::S::Scalar* s) {
+                                            BlockState<typename B::S::Scalar> st, typename B::S::Scalar* s,
+                                            PrefetchQueue* soon) {
   using S = typename B::S;
   using T = typename S::Scalar;
   using V = typename S::V;
@@ -156,7 +157,7 @@ __attribute__((noinline)) void attend_block(const KeyTile& t, const TileView<typ
   }
   const int n = end - begin;
   const TileView<T> kk{k.data + begin * k.stride, k.stride}, vv{v.data + begin * v.stride, v.stride};
-  scores<B>(kk, n, q, d, s, W);
+  scores<B>(kk, n, q, d, s, W, soon);
   if constexpr (B::P > 1) {
     for (int i = 0; i < n; ++i) S::store(s + i * W, S::template sum_granule<B::P>(S::load(s + i * W)));
   }
@@ -190,12 +191,12 @@ __attribute__((noinline)) void attend_block(const KeyTile& t, const TileView<typ
   const bool plain = visible == Visibility::kAll || v_finite;
   if (!*st.touched) {
     if (plain) {
-      accumulate<B, Start::kZero>(vv, n, s, W, st.o, dv);
+      accumulate<B, Start::kZero>(vv, n, s, W, st.o, dv, nullptr, soon);
     } else {
       accumulate_visible<B, Start::kZero>(vv, n, s, W, st.o, dv);
     }
   } else if (plain) {
-    accumulate<B, Start::kScale>(vv, n, s, W, st.o, dv, correction);
+    accumulate<B, Start::kScale>(vv, n, s, W, st.o, dv, correction, soon);
   } else {
     accumulate_visible<B, Start::kScale>(vv, n, s, W, st.o, dv, correction);
   }

@@ -84,7 +84,8 @@ struct Forward {
   bool* touched;                          // [heads][blocks]
   Block* blocks;
   T *k_tile, *v_tile, *s_tile;
-  KeyTile* tile;
+  KeyTile* tiles;       // [2]: the one at work and the one after it
+  const char** soon_rows;  // [2 * kMaxTileKeys]
   int64_t lane_capacity, block_capacity, rows_capacity;
 
   static int64_t lanes_for(int64_t rows) { return rows + 3 * N; }
@@ -115,7 +116,8 @@ struct Forward {
     k_tile = take<T>(at, kMaxTileKeys * packed_stride<S>(p.head_dim));
     v_tile = take<T>(at, kMaxTileKeys * packed_stride<S>(p.v_head_dim));
     s_tile = take<T>(at, kMaxTileKeys * 2 * N);
-    tile = take<KeyTile>(at, 1);
+    tiles = take<KeyTile>(at, 2);
+    soon_rows = take<const char*>(at, 2 * kMaxTileKeys);
     return at;
   }
 
@@ -165,6 +167,19 @@ struct Forward {
     }
   }
 
+  // The rows of K and V that a tile of one head will read.
+  PrefetchQueue rows_of(const KeyTile& t, int head) {
+    const auto size = static_cast<int64_t>(p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2);
+    const char* k = static_cast<const char*>(p.k.data) + head * p.k.head * size;
+    const char* v = static_cast<const char*>(p.v.data) + head * p.v.head * size;
+    for (int i = 0; i < t.count; ++i) {
+      soon_rows[i] = k + t.slot[i] * p.k.token * size;
+      soon_rows[t.count + i] = v + t.slot[i] * p.v.token * size;
+    }
+    const int widest = p.head_dim > p.v_head_dim ? p.head_dim : p.v_head_dim;
+    return {soon_rows, soon_rows + 2 * t.count, static_cast<int>((widest * size + 63) / 64)};
+  }
+
   void run_item(const PlanTask& task, const PlanItem& item, const AttendUnit& unit) {
     int32_t min_query_depth = 0;
     const int num_blocks = make_blocks(item, min_query_depth);
@@ -180,13 +195,22 @@ struct Forward {
     const bool whole = p.head_dim % N == 0 && p.v_head_dim % N == 0 && native_dtype();
     const bool k_in_place = whole && p.k.token * static_cast<int64_t>(sizeof(T)) < 1024;
     const bool v_in_place = whole && p.v.token * static_cast<int64_t>(sizeof(T)) < 1024;
-    const int limit = rows > 4 * N ? 48 : 24;
+    const int limit = rows > 4 * N ? 48 : rows > N ? 24 : 12;  // with few rows, this tile and the next share L1
     KeyCursor cursor(p.plan, item, p.window, min_query_depth);
-    while (cursor.next(*tile, limit)) {
+    KeyTile *tile = tiles, *next = tiles + 1;
+    bool more = cursor.next(*tile, limit);
+    while (more) {
+      more = cursor.next(*next, limit);
       for (int h = 0; h < heads; ++h) {
         const int head = unit.head_begin + h;
         const auto k = load_tile<S>(p.k, p.dtype, head, p.head_dim, *tile, k_in_place, k_tile);
         const auto v = load_tile<S>(p.v, p.dtype, head, p.v_head_dim, *tile, v_in_place, v_tile);
+        PrefetchQueue soon;
+        if (h + 1 < heads) {
+          soon = rows_of(*tile, head + 1);
+        } else if (more) {
+          soon = rows_of(*next, unit.head_begin);
+        }
         int finite = -1;  // not yet known
         for (int b = 0; b < num_blocks; ++b) {
           const Block& block = blocks[b];
@@ -199,10 +223,13 @@ struct Forward {
                                     l_lanes + h * lane_capacity + block.lane, touched + h * block_capacity + b};
           with_shape<S>(block.shape, [&](auto shape) {
             attend_block<decltype(shape)>(*tile, k, v, finite != 0, q_lanes + h * q_head + block.q_at, p.head_dim,
-                                          p.v_head_dim, seen, p.window, p.softcap, state, s_tile);
+                                          p.v_head_dim, seen, p.window, p.softcap, state, s_tile, &soon);
           });
         }
       }
+      KeyTile* done = tile;
+      tile = next;
+      next = done;
     }
     const int first_row = (item.query_begin - task.query_begin) * group;
     for (int h = 0; h < heads; ++h) merge_item(num_blocks, first_row, h, o_lanes + h * o_head);

@@ -75,7 +75,7 @@ Isa initial() {
 constexpr int kUnset = -1;
 std::atomic<int> chosen{kUnset};
 
-std::string set_backend(std::string name) {
+std::string set_backend(const std::string& name) {
   std::string previous;
   for (const Body& body : kBodies) {
     if (body.isa == current_isa()) previous = body.name;

@@ -121,10 +121,10 @@ struct Simd {
     } else if constexpr (P == N) {
       return load(p);
     } else if constexpr (P * sizeof(T) == 8) {
-      int64_t bits;
-      std::memcpy(&bits, p, 8);
-      typedef int64_t W __attribute__((vector_size(sizeof(T) * N)));
-      return (V)(W{} + bits);
+      double pair;  // not int64: the integer broadcast costs a change of domain
+      std::memcpy(&pair, p, 8);
+      typedef double W __attribute__((vector_size(sizeof(T) * N)));
+      return (V)(pair - W{});
     } else {
 #if defined(__AVX2__)
       if constexpr (P * sizeof(T) == 16 && N * sizeof(T) == 32) {

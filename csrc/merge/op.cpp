@@ -170,7 +170,7 @@ MergeBackwardParams check_gradient(const MergeParams& p, Tensor& dout, Tensor& d
   return b;
 }
 
-std::tuple<Tensor, Tensor> merge_states_cpu(Tensor outs, Tensor lses, std::optional<Tensor> indptr,
+std::tuple<Tensor, Tensor> merge_states_cpu(Tensor outs, const Tensor& lses, std::optional<Tensor> indptr,
                                             bool base2) {
   MergeParams p = check_states(outs, lses, indptr, base2);
   return forward(p, outs, lses);
@@ -182,9 +182,9 @@ std::tuple<Tensor, Tensor> merge_state_cpu(Tensor out_a, Tensor lse_a, Tensor ou
   return forward(p, out_a, lse_a);
 }
 
-std::tuple<Tensor, Tensor> merge_states_backward_cpu(Tensor dout, Tensor dlse, Tensor outs, Tensor lses,
-                                                     std::optional<Tensor> indptr, Tensor out, Tensor lse,
-                                                     bool base2) {
+std::tuple<Tensor, Tensor> merge_states_backward_cpu(Tensor dout, Tensor dlse, Tensor outs,
+                                                     const Tensor& lses, std::optional<Tensor> indptr,
+                                                     Tensor out, Tensor lse, bool base2) {
   const MergeParams p = check_states(outs, lses, indptr, base2);
   MergeBackwardParams b = check_gradient(p, dout, dlse, out, lse, outs.scalar_type(), lses.scalar_type());
   const bool ragged = indptr.has_value();

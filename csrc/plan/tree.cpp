@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <climits>
-#include <cstring>
+#include <numeric>
 
 #include "plan/error.h"
 
@@ -154,6 +154,8 @@ void build_tree(const TreeState& t, const IntArray& parent, const IntArray& leng
     used += t.length[node];
   }
   t.arena_used() = t.num_tokens() = used;
+  // Depth-first numbers of an identity tree go on behind the last token; elsewhere the values are never read.
+  std::iota(t.slots + used, t.slots + t.slot_capacity, used);
 }
 
 int64_t append_tokens(const TreeState& t, const IntArray& node, const IntArray& count,

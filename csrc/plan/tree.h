@@ -67,7 +67,7 @@ TreeState tree_state(int32_t* nodes, int64_t node_capacity, int32_t* counts, int
 // tokens.
 int64_t check_tree(const IntArray& parent, const IntArray& length, const IntArray& slots);
 
-// Fills a tree of parent.size nodes. The arrays must have room for exactly the checked sizes; slots come in
+// Fills a tree of parent.size nodes. The arrays have room for at least the checked sizes; slots come in
 // depth-first order.
 void build_tree(const TreeState& tree, const IntArray& parent, const IntArray& length, const IntArray& slots);
 

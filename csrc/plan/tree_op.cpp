@@ -26,17 +26,20 @@ std::tuple<Tensor, Tensor, Tensor> tree_build(const Tensor& parent, const Tensor
   const IntArray up = int_array(parent, "parent"), length = int_array(num_tokens, "num_tokens");
   const IntArray slot = int_array(slots, "slots");
   const int64_t tokens = check_tree(up, length, slot);
-  Tensor nodes = new_int32(parent, {kNodeRows, up.size});
+  // Room to grow: the first steps of a decoder should not change shapes (and recompile what is compiled).
+  Tensor nodes = new_int32(parent, {kNodeRows, up.size + up.size / 2 + 16});
+  torch::stable::zero_(nodes);
   Tensor counts = new_int32(parent, {kTreeCounts});
-  Tensor arena = new_int32(parent, {tokens});
+  Tensor arena = new_int32(parent, {tokens + tokens / 2 + 64});
   build_tree(tree_state(nodes, counts, arena), up, length, slot);
   return {nodes, counts, arena};
 }
 
 Tensor tree_append(Tensor nodes, Tensor counts, Tensor arena, const Tensor& node, const Tensor& count,
                    const std::optional<Tensor>& slots) {
-  const int64_t need = append_tokens(tree_state(nodes, counts, arena), int_array(node, "nodes"),
-                                     int_array(count, "counts"), int_array(slots, "slots"));
+  const TreeState tree = tree_state(nodes, counts, arena);
+  const IntArray leaves = int_array(node, "nodes"), added = int_array(count, "counts");
+  const int64_t need = append_tokens(tree, leaves, added, int_array(slots, "slots"));
   return int64_scalar(counts, need);
 }
 

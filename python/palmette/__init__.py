@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Palmette: attention for everything irregular (trees of tokens, cascades, shared prefixes) as PyTorch operators."""
+"""Palmette: attention for everything irregular (trees of tokens, cascades, shared prefixes)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-# Public name -> the module that defines it. Modules load on first use, so that `python -m palmette env` can report a
-# broken installation instead of failing on it.
+# Public name -> the module that defines it. Modules load on first use, so that `python -m palmette env` can
+# report a broken installation instead of failing on it.
 _EXPORTS = {
     "merge_state": "cascade",
     "merge_states": "cascade",
     "cascade_attention": "cascade",
     "Tree": "tree",
-    "TreePlan": "tree",
-    "plan_tree_attention": "tree",
+    "TreeAttentionIO": "tree_plan",
+    "TreeAttentionPlan": "tree_plan",
+    "plan_tree_attention": "tree_plan",
     "tree_attention": "tree_attention",
     "verify_greedy": "verify",
     "verify_sample": "verify",
@@ -25,13 +26,15 @@ _SUBMODULES = ("integrations", "nn", "pipelines", "reference", "testing")
 
 if TYPE_CHECKING:
     from palmette.cascade import cascade_attention, merge_state, merge_states
-    from palmette.tree import Tree, TreePlan, plan_tree_attention
+    from palmette.tree import Tree
     from palmette.tree_attention import tree_attention
+    from palmette.tree_plan import TreeAttentionIO, TreeAttentionPlan, plan_tree_attention
     from palmette.verify import compact_kv_, verify_greedy, verify_sample
 
 __all__ = [
     "Tree",
-    "TreePlan",
+    "TreeAttentionIO",
+    "TreeAttentionPlan",
     "cascade_attention",
     "compact_kv_",
     "merge_state",

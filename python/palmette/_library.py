@@ -26,8 +26,8 @@ torch.ops.load_library(str(LIBRARY))
 def call(op: Callable[..., T], *args: Any) -> T:
     """Calls an operator; what it finds wrong with the *values* of its arguments becomes a ValueError.
 
-    Shapes and dtypes are checked in Python. Values (an index out of range, a cycle) are only read by the operator, whose
-    errors the stable ABI can only deliver as RuntimeError.
+    Shapes and dtypes are checked in Python. Values (an index out of range, a cycle) are only read by the
+    operator, whose errors the stable ABI can only deliver as RuntimeError.
     """
     if torch.compiler.is_compiling():
         return op(*args)

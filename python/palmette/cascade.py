@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cascade inference: attention states and their merge.
 
-A *state* is the result of attention over a part of the keys: ``out``, normalised over that part, and ``lse``, the log of
-the sum of its exponentials. States over disjoint parts merge into the state over their union.
+A *state* is the result of attention over a part of the keys: ``out``, normalised over that part, and ``lse``,
+the log of the sum of its exponentials. States over disjoint parts merge into the state over their union.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from palmette import _library
+from palmette._attend import PlanTensors, attend, check_inputs
 from palmette._checks import FLOATING, INDEX, check_device, check_dim, check_dtype, check_shape
+from palmette._varlen import plan_varlen
 
 _ops = torch.ops.palmette
 
@@ -23,24 +26,24 @@ def merge_state(
 ) -> tuple[Tensor, Tensor]:
     """Merges two attention states of the same queries.
 
-    With ``m = max(lse_a, lse_b)``: ``out = (out_a e^(lse_a-m) + out_b e^(lse_b-m)) / (e^(lse_a-m) + e^(lse_b-m))`` and
-    ``lse = m + log(e^(lse_a-m) + e^(lse_b-m))``. Associative and commutative up to rounding; ``(0, -inf)`` is the identity.
+    With ``m = max(lse_a, lse_b)``: ``out = (out_a e^(lse_a-m) + out_b e^(lse_b-m)) / (e^(lse_a-m) +
+    e^(lse_b-m))`` and ``lse = m + log(e^(lse_a-m) + e^(lse_b-m))``. Associative and commutative up to
+    rounding; ``(0, -inf)`` is the identity.
 
     Args:
         out_a, out_b: [N, H, Dv], float32, bfloat16 or float16 (float64 on the scalar backend).
-        lse_a, lse_b: [N, H], float32 (float64 when the outs are float64). A state with lse -inf is empty: its out is never
-            read. lse +inf or NaN is an error of the caller and makes the merged out and lse NaN.
+        lse_a, lse_b: [N, H], float32 (float64 when the outs are float64). A state with lse -inf is empty: its
+            out is never read. lse +inf or NaN is an error of the caller and makes the merged out and lse NaN.
         lse_base: ``"e"`` for natural logarithms (Palmette, vLLM, FlashAttention) or ``"2"`` (FlashInfer).
 
     Returns:
-        out [N, H, Dv] in the dtype of out_a, and lse [N, H]; (0, -inf) where both states are empty. Differentiable through
-        both.
+        out [N, H, Dv] in the dtype of out_a, and lse [N, H]; (0, -inf) where both states are empty.
+        Differentiable through both.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or lse_base is unknown.
 
-    Source: FlashInfer, "Cascade Inference", section on the merge of attention states; the same rule as FlashDecoding's
-    reduction.
+    Source: FlashInfer (arXiv 2501.01005), the composition of attention states.
     """
     base2 = _is_base2(lse_base)
     check_dtype("out_a", out_a, FLOATING)
@@ -62,22 +65,25 @@ def merge_states(
     """Merges any number of attention states per query, in the order in which they lie in memory.
 
     Args:
-        outs: dense [N, S, H, Dv], or ragged [nnz, H, Dv] with ``indptr``; float32, bfloat16 or float16 (float64 on the
-            scalar backend). Strided as it comes.
-        lses: [N, S, H] or [nnz, H], float32 (float64 when outs is float64). A state with lse -inf is empty: its out is
-            never read. lse +inf or NaN is an error of the caller and makes the merged out and lse NaN.
+        outs: dense [N, S, H, Dv], or ragged [nnz, H, Dv] with ``indptr``; float32, bfloat16 or float16
+            (float64 on the scalar backend). Strided as it comes.
+        lses: [N, S, H] or [nnz, H], float32 (float64 when outs is float64). A state with lse -inf is empty:
+            its out is never read. lse +inf or NaN is an error of the caller and makes the merged out and lse
+            NaN.
         indptr: [N + 1], int32 or int64, non-decreasing from 0 to nnz: query n owns the states
             ``indptr[n] : indptr[n + 1]``, possibly none. Default: dense.
         lse_base: ``"e"`` for natural logarithms (Palmette, vLLM, FlashAttention) or ``"2"`` (FlashInfer).
 
     Returns:
-        out [N, H, Dv] in the dtype of outs, and lse [N, H]; (0, -inf) where a query has no state that is not empty.
-        Differentiable through both. Bit-identical from run to run and for any number of threads.
+        out [N, H, Dv] in the dtype of outs, and lse [N, H]; (0, -inf) where a query has no state that is not
+        empty. Differentiable through both. Bit-identical from run to run and for any number of threads.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, indptr is not as described, or lse_base is unknown.
+        ValueError: shapes, dtypes or devices do not match, indptr is not as described, or lse_base is
+            unknown.
 
-    Source: FlashInfer, "Cascade Inference"; DeFT (arXiv 2404.00242), section 3.2, the reduction of partial results.
+    Source: FlashInfer (arXiv 2501.01005), the composition of attention states; DeFT (arXiv 2404.00242), the
+    second phase.
     """
     base2 = _is_base2(lse_base)
     check_dtype("outs", outs, FLOATING)
@@ -92,6 +98,91 @@ def merge_states(
         check_device("indptr", indptr, outs.device)
     out, lse = _library.call(_ops.merge_states, outs, lses, indptr, base2)
     return out, lse
+
+
+def cascade_attention(
+    q: Tensor,
+    levels: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention to keys that are shared in levels, each level read once for all of its queries.
+
+    A query attends to the keys of its group at every level, as if they were one sequence. The states of the
+    levels are merged by log-sum-exp. For example: a prompt that all sequences share, documents that some
+    share, and what each sequence holds itself.
+
+    Args:
+        q: [Nq, Hq, D], float32, bfloat16 or float16 (float64 on the scalar backend); the rows of all
+            sequences, packed.
+        levels: ``[(k, v, q_indptr, kv_indptr), ...]``, the most widely shared one first. k is [Nk, Hk, D] and
+            v [Nk, Hk, Dv], dtype of q, strided as they come; Hq is a multiple of Hk, and Hk may differ
+            between levels. q_indptr and kv_indptr are [B + 1], int32 or int64, on the CPU or with q,
+            non-decreasing from 0 to Nq and to Nk: rows ``q_indptr[b] : q_indptr[b + 1]`` of q see keys
+            ``kv_indptr[b] : kv_indptr[b + 1]``. All of them on the shared levels; causally on the last one,
+            aligned at the bottom right: a sequence's last query sees its last key.
+        scale: factor of the logits. Default: D ** -0.5.
+        return_lse: also return lse. Default: False.
+
+    Returns:
+        out [Nq, Hq, Dv] in the dtype of q; with return_lse also lse [Nq, Hq], float32 (float64 for float64
+        inputs), natural logarithm. A query that sees no key at any level has out 0 and lse -inf.
+        Differentiable through both. Bit-identical from run to run and for any number of threads.
+
+    Raises:
+        ValueError: there are no levels; shapes, dtypes, heads or devices do not match; an indptr does not
+            begin with 0, decreases, or does not cover the rows of q or k. The message names the level.
+
+    Source: FlashInfer, "Cascade Inference: Memory Bandwidth Efficient Shared Prefix Batch Decoding", for any
+    number of levels, with the LSE and a gradient.
+    """
+    if not levels:
+        raise ValueError("levels must hold at least one (k, v, q_indptr, kv_indptr), got none")
+    plans = []
+    for i, level in enumerate(levels):
+        if len(level) != 4:
+            raise ValueError(f"levels[{i}] must be (k, v, q_indptr, kv_indptr), got {len(level)} entries")
+        try:
+            plans.append(_plan_level(q, *level, causal=i == len(levels) - 1))
+        except ValueError as error:
+            raise ValueError(f"levels[{i}]: {error}") from None
+        if level[1].shape[2] != levels[0][1].shape[2]:
+            wanted = f"{levels[0][1].shape[2]} like levels[0]'s"
+            raise ValueError(f"levels[{i}]: head_dim of v must be {wanted}, got {level[1].shape[2]}")
+    states = [attend(q, k, v, plan, scale=scale) for (k, v, _, _), plan in zip(levels, plans, strict=True)]
+    if len(states) == 1:
+        out, lse = states[0]
+    elif len(states) == 2:
+        out, lse = merge_state(*states[0], *states[1])
+    else:
+        out, lse = merge_states(
+            torch.stack([s[0] for s in states], 1), torch.stack([s[1] for s in states], 1)
+        )
+    return (out, lse) if return_lse else out
+
+
+def _plan_level(
+    q: Tensor, k: Tensor, v: Tensor, q_indptr: Tensor, kv_indptr: Tensor, *, causal: bool
+) -> PlanTensors:
+    check_inputs(q, k, v)
+    for name, indptr in (("q_indptr", q_indptr), ("kv_indptr", kv_indptr)):
+        check_dtype(name, indptr, INDEX)
+        if indptr.dim() != 1 or indptr.shape[0] == 0:
+            raise ValueError(f"{name} must be [B + 1], got {list(indptr.shape)}")
+        if indptr.device.type != "cpu":
+            check_device(name, indptr, q.device)
+    check_shape("kv_indptr", kv_indptr, "[B + 1] like q_indptr", q_indptr.shape)
+    return plan_varlen(
+        q_indptr.cpu().contiguous(),
+        kv_indptr.cpu().contiguous(),
+        causal=causal,
+        num_queries=q.shape[0],
+        num_keys=k.shape[0],
+        num_q_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+    )
 
 
 def _is_base2(lse_base: str) -> bool:

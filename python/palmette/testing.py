@@ -54,13 +54,14 @@ def assert_accurate(
 ) -> None:
     """Compares a kernel's result with a float64 reference.
 
-    inf and NaN have to be at the same places; elsewhere the largest error is at most ``factor`` times the largest error of
-    ``baseline``, plain PyTorch in the same dtype, plus ``atol``.
+    inf and NaN have to be at the same places; elsewhere the largest error is at most ``factor`` times the
+    largest error of ``baseline``, plain PyTorch in the same dtype, plus ``atol``.
 
     Args:
         actual: the result, any floating dtype.
         expected: the reference in float64, same shape.
-        baseline: the same computation by plain PyTorch in the dtype of the inputs. Default: none, only ``atol`` counts.
+        baseline: the same computation by plain PyTorch in the dtype of the inputs. Default: none, only
+            ``atol`` counts.
 
     Raises:
         AssertionError: with the place and the size of the largest error.
@@ -83,5 +84,6 @@ def assert_accurate(
         flat = int(error.argmax())
         place = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
         raise AssertionError(
-            f"{name}: error {error.max().item():.3g} at {place}, limit {limit:.3g}: got {got[place]}, wanted {want[place]}"
+            f"{name}: error {error.max().item():.3g} at {place}, limit {limit:.3g}: "
+            f"got {got[place]}, wanted {want[place]}"
         )

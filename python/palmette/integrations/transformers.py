@@ -70,6 +70,10 @@ class DeferredMask:
             self._chains[key] = Chains(self._arguments, *key) if self._is_causal() else None
         return self._chains[key]
 
+    def contiguous(self) -> DeferredMask:
+        """Itself: what generate() asks of every mask that it makes."""
+        return self
+
     def _is_causal(self) -> bool:
         a = self._arguments
         if a.get("use_vmap") or not a.get("allow_is_causal_skip", True) or a.get("allow_is_bidirectional_skip"):
@@ -113,8 +117,16 @@ class Chains:
 
 
 def attention_mask(**arguments: Any) -> DeferredMask | torch.Tensor | None:
-    """The mask function of ``"palmette"``: nothing is made yet (see ``DeferredMask``), except under torch.compile."""
-    if torch.compiler.is_compiling():
+    """The mask function of ``"palmette"``: nothing is made yet, see ``DeferredMask``.
+
+    Static caches, which have keys behind the last query, and torch.compile get the dense mask: generate() makes it outside the
+    model and expects a tensor.
+    """
+    end_of_keys, end_of_queries = (
+        arguments.get(f"{x}_offset", 0) + arguments[f"{x}_length"] for x in ("kv", "q")
+    )
+    is_static = isinstance(end_of_queries, torch.Tensor) or end_of_keys > end_of_queries
+    if is_static or torch.compiler.is_compiling():
         mask: torch.Tensor | None = sdpa_mask(**arguments)
         return mask
     return DeferredMask(arguments)
@@ -250,7 +262,7 @@ class PagedLayer(CacheLayerMixin):
         return self.keys.transpose(0, 1).unsqueeze(0), self.values.transpose(0, 1).unsqueeze(0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.keys.shape[0], 0
+        return query_length, 0  # a plan needs no mask: the smallest will do
 
     def get_seq_length(self) -> int:
         return 0  # slots are not positions: position_ids must be given

@@ -41,23 +41,25 @@ class SlotPool:
         """Slots of the free pages."""
         return len(self._free) * self.page_size
 
-    def allocate(self, held: Sequence[int], count: int) -> list[int]:
-        """Slots for ``count`` more tokens of a node that holds ``held``: the rest of its last page, then new pages.
+    def allocate(self, wanted: Sequence[tuple[Sequence[int], int]]) -> list[list[int]]:
+        """Slots for (held slots, count) of several nodes: the rest of each one's last page, then new pages.
 
         The pool grows to at least twice its size where it must; its owner then grows the KV pool to ``num_slots``.
 
         Raises:
             RuntimeError: ``max_slots`` is used up; nothing was allocated.
         """
-        slots: list[int] = []
-        if held and (rest := -(held[-1] + 1) % self.page_size):
-            slots.extend(range(held[-1] + 1, held[-1] + 1 + min(rest, count)))
-        pages = -(-(count - len(slots)) // self.page_size)
-        if pages > len(self._free):
-            self._grow(pages - len(self._free))
-        for _ in range(pages):
-            first = heapq.heappop(self._free) * self.page_size
-            slots.extend(range(first, first + min(self.page_size, count - len(slots))))
+        slots: list[list[int]] = []
+        for held, count in wanted:
+            rest = -(held[-1] + 1) % self.page_size if held else 0
+            slots.append([held[-1] + 1 + i for i in range(min(rest, count))])
+        pages = [-(-(count - len(part)) // self.page_size) for (_, count), part in zip(wanted, slots, strict=True)]
+        if sum(pages) > len(self._free):
+            self._grow(sum(pages) - len(self._free))
+        for (_, count), part, new in zip(wanted, slots, pages, strict=True):
+            for _ in range(new):
+                first = heapq.heappop(self._free) * self.page_size
+                part.extend(range(first, first + min(self.page_size, count - len(part))))
         return slots
 
     def release(self, slots: Iterable[int], kept: Iterable[int] = ()) -> None:

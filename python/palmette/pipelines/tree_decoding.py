@@ -26,13 +26,11 @@ class Step:
         nodes: The leaves that were decoded, depth-first.
         tokens: Each leaf's new token.
         logprobs: Its log-probability under the model (temperature 1).
-        logits: [leaves, vocab], what the tokens were chosen from.
     """
 
     nodes: list[int]
     tokens: list[int]
     logprobs: list[float]
-    logits: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -254,7 +252,7 @@ class TreeDecoder:
         *,
         on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     ) -> list[int]:
-        """Read one prompt or a batch of prompts, each the root of a tree.
+        """Read one prompt or a batch of prompts, each the root of a new tree beside those that there are.
 
         Args:
             prompt: Token ids, or a list of lists of them.
@@ -265,26 +263,27 @@ class TreeDecoder:
             The roots' ids.
 
         Raises:
-            ValueError: A prompt is empty, or the decoder holds a tree already (``reset`` it).
+            ValueError: A prompt is empty or longer than the model can take.
+            RuntimeError: The KV pool is full.
         """
         from palmette import Tree
 
         prompts = _as_prompts(prompt)
-        if self._nodes:
-            raise ValueError("prefill must come before all else, got a decoder that holds a tree: call reset() first")
-        self._nodes = {root: Node(-1, 0, num_prompt=len(tokens)) for root, tokens in enumerate(prompts)}
-        counts = {root: len(tokens) for root, tokens in enumerate(prompts)}
-        try:
-            slots = self._reserve(counts)
-        except (RuntimeError, ValueError):
-            self._nodes = {}
-            raise
-        for root, record in self._nodes.items():
-            record.tokens, record.slots = prompts[root], slots[root]
-        order = torch.tensor([slot for root in counts for slot in slots[root]])
-        self._tree = Tree([-1] * len(prompts), list(counts.values()), order)
-        self._decode(counts, on_logits)
-        return list(counts)
+        for tokens in prompts:
+            self._check_length(len(tokens))
+        slots = self._allocate([([], len(tokens)) for tokens in prompts])
+        order = torch.tensor([slot for part in slots for slot in part])
+        lengths = [len(tokens) for tokens in prompts]
+        if self._tree is None:
+            self._tree = Tree([-1] * len(prompts), lengths, order)
+            roots = list(range(len(prompts)))
+        else:
+            roots = [int(root) for root in self._tree.add_roots(len(prompts))]
+            self._tree.append(torch.tensor(roots), torch.tensor(lengths), order)
+        for root, tokens, part in zip(roots, prompts, slots, strict=True):
+            self._nodes[root] = Node(-1, 0, tokens, part, num_prompt=len(tokens))
+        self._decode(dict(zip(roots, lengths, strict=True)), on_logits)
+        return roots
 
     def extend(self, tokens: Mapping[int, Sequence[int]]) -> None:
         """Append given tokens (a question, the start of a thought) to leaves; they do not count in scores.
@@ -356,8 +355,6 @@ class TreeDecoder:
             self._nodes[top[-2]].children.remove(top[-1])
         for gone in removed:
             self._pool.release(self._nodes.pop(gone).slots)
-        if not self._nodes:
-            self.reset()
         return removed
 
     def step(
@@ -391,14 +388,13 @@ class TreeDecoder:
             chosen = set(nodes)
             active = [node for node in active if node in chosen]
         self.choose(active, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        logits = self._last[1] if self._last[0] == active else torch.empty(0)
         growing = {node: 1 for node in active if not self._is_at_end(node)}
         slots = self._reserve(growing)  # may fail, so it comes before anything is recorded
         tokens, logprobs = self._take_pending(active)
         if growing:
             self._append({node: tokens[i : i + 1] for i, node in enumerate(active) if node in growing}, slots)
             self._decode(growing)
-        return Step(active, tokens, logprobs, logits)
+        return Step(active, tokens, logprobs)
 
     def choose(
         self,
@@ -453,6 +449,7 @@ class TreeDecoder:
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        on_logits: Callable[[torch.Tensor], None] | None = None,
     ) -> list[Verified]:
         """Verify a token tree below the pending token of each leaf, and commit what the model agrees with.
 
@@ -464,6 +461,8 @@ class TreeDecoder:
             draft_tokens: int64 [leaves, len(paths)] (one leaf: [len(paths)] too), the token at the end of every path.
             nodes: The leaves (default: all that are active), in any order.
             temperature, top_k, top_p, generator: See ``step``.
+            on_logits: Called with the model's logits [leaves * (1 + len(paths)), vocab]: per leaf those after its pending
+                token, then those after each draft, depth-first (``TokenTree.order``).
 
         Raises:
             ValueError: ``draft_tokens`` has another shape, a node is no leaf or is finished.
@@ -487,7 +486,7 @@ class TreeDecoder:
         to_probabilities = None
         if temperature > 0:
             to_probabilities = lambda logits: probabilities(logits, temperature, top_k, top_p)  # noqa: E731
-        return verify_leaves(self, drafts, draft_tokens, leaves, to_probabilities, generator)
+        return verify_leaves(self, drafts, draft_tokens, leaves, to_probabilities, generator, on_logits)
 
     # ---- what a forward takes
 
@@ -513,16 +512,17 @@ class TreeDecoder:
         for node, count in counts.items():
             record = self._nodes[node]
             self._check_length(record.start + len(record.tokens) + count - ahead)
-        slots: dict[int, list[int]] = {}
-        try:
-            for node, count in counts.items():
-                slots[node] = self._pool.allocate(self._nodes[node].slots, count)
-        except RuntimeError:
-            for node, part in slots.items():
-                self._pool.release(part, self._nodes[node].slots)
-            raise
-        self.cache.reserve(self._pool.num_slots)
+        parts = self._allocate([(self._nodes[node].slots, count) for node, count in counts.items()])
+        return dict(zip(counts, parts, strict=True))
+
+    def _allocate(self, wanted: Sequence[tuple[Sequence[int], int]]) -> list[list[int]]:
+        """Slots for (held slots, count) each, or for none of them; the KV pool grows with them."""
+        slots = self._pool.allocate(wanted)
+        self._grow_cache(self._pool.num_slots)
         return slots
+
+    def _grow_cache(self, num_slots: int) -> None:
+        self.cache.reserve(num_slots)
 
     def _check_length(self, length: int) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)

@@ -22,6 +22,7 @@ def verify_leaves(
     leaves: Sequence[int],
     to_probabilities: Callable[[torch.Tensor], torch.Tensor] | None,
     generator: torch.Generator | None,
+    on_logits: Callable[[torch.Tensor], None] | None = None,
 ) -> list[Verified]:
     """Verify a token tree below each leaf's pending token; see ``TreeDecoder.verify_step``.
 
@@ -32,6 +33,7 @@ def verify_leaves(
         leaves: Which leaves.
         to_probabilities: The distribution to sample from, of logits [n, vocab]; None: greedy.
         generator: Source of the draws.
+        on_logits: Called with the model's logits.
     """
     from palmette import verify_greedy, verify_sample
 
@@ -51,6 +53,8 @@ def verify_leaves(
     rows = torch.cat([torch.tensor(tokens)[open_rows, None], draft_tokens[open_rows][:, drafts.order]], dim=1)
     batch = _batch(decoder, drafts, open_leaves, rows, slots)
     logits = decoder._forward(batch)
+    if on_logits is not None:
+        on_logits(logits)
 
     tree = _token_forest(drafts, len(open_leaves))
     if to_probabilities is None:

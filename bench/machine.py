@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a result has to say about where it was measured: the processor and the versions, no names of hosts or users."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe() -> dict[str, object]:
+    import palmette
+    from palmette.testing import current_backend
+
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "palmette": palmette.__version__,
+        "palmette_isa": current_backend(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def headline(machine: dict[str, object]) -> str:
+    """One line for tables and plots."""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; torch {machine['torch']}, "
+        f"palmette {machine['palmette']} ({machine['palmette_isa']})"
+    )
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping; a guess of 4 GiB where the system does not tell."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return 4 << 30

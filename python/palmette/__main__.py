@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m palmette <command>``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: python -m palmette <command> [options]
+
+commands:
+  demo   decode trees with a real language model and compare with per-sequence attention (demo --help for
+  options)
+  env    print the versions, the CPU, and the body in use: paste it into bug reports
+"""
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    try:
+        from palmette.pipelines import demo
+    except ImportError as error:
+        print(f"palmette demo: {error} (pip install 'palmette[demo]')", file=sys.stderr)
+        return 1
+    return int(demo.main(list(arguments)) or 0)
+
+
+def _env(arguments: Sequence[str]) -> int:
+    from palmette import collect_env
+
+    return collect_env.main()
+
+
+COMMANDS = {"demo": _demo, "env": _env}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        print(
+            f"command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}\n\n{USAGE}",
+            end="",
+            file=sys.stderr,
+        )
+        return 2
+    return command(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans for packed sequences, the special case of a plan that needs no tree."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from palmette import _library
+from palmette._attend import PlanTensors
+
+_ops = torch.ops.palmette
+
+# What the planner may ask for at most (csrc/plan/cost.h, partition.h): rows of q per task, keys per step at
+# which queries drop out, tasks beyond one per tile, and bytes of partial states that are always allowed.
+_MAX_TASK_ROWS, _KEY_STEP, _EXTRA_TASKS, _FREE_PARTIAL_BYTES = 256, 48, 64, 1 << 20
+
+
+def plan_varlen(
+    q_indptr: Tensor,
+    kv_indptr: Tensor,
+    *,
+    causal: bool,
+    num_queries: int,
+    num_keys: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> PlanTensors:
+    """The plan of B packed sequences.
+
+    Queries q_indptr[b] : q_indptr[b + 1] meet keys kv_indptr[b] : kv_indptr[b + 1].
+
+    Args:
+        q_indptr, kv_indptr: [B + 1], int32 or int64, on the CPU; non-decreasing from 0 to num_queries and to
+            num_keys.
+        causal: the last query of a sequence sees all of its keys, each one before it a key less (aligned at
+            the bottom right); otherwise every query sees all keys of its sequence.
+
+    Returns:
+        slots, query, segment, item, task, merge_ptr, merge_row and counts, as operators take them; int32, on
+        the CPU. Key i lies in slot i, and position and row of a query are the same number. The tables have
+        room to spare: their sizes depend on the arguments' shapes only, so that this traces.
+
+    Raises:
+        ValueError: an indptr does not begin with 0, decreases, or does not end with the number of rows.
+    """
+    max_queries = max(1, _MAX_TASK_ROWS // (num_q_heads // num_kv_heads))
+    tiles = num_queries // max_queries + q_indptr.shape[0]
+    item_capacity = tiles * (4 + max_queries // _KEY_STEP) + _EXTRA_TASKS
+    partial_capacity = 2 * num_queries + _FREE_PARTIAL_BYTES // (num_q_heads * (head_dim + 1) * 4)
+    plan: PlanTensors = _library.call(
+        _ops.plan_varlen.default,
+        q_indptr,
+        kv_indptr,
+        causal,
+        num_queries,
+        num_keys,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        item_capacity,
+        partial_capacity,
+    )
+    return plan
+
+
+@torch.library.register_fake("palmette::plan_varlen")
+def _plan_varlen_fake(
+    q_indptr: Tensor,
+    kv_indptr: Tensor,
+    causal: bool,
+    num_queries: int,
+    num_keys: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    item_capacity: int,
+    partial_capacity: int,
+) -> PlanTensors:
+    def table(*size: int) -> Tensor:
+        return q_indptr.new_empty(size, dtype=torch.int32)
+
+    return (
+        table(num_keys),
+        table(4, num_queries),
+        table(2 * item_capacity, 6),
+        table(item_capacity, 4),
+        table(item_capacity, 6),
+        table(num_queries + 1),
+        table(partial_capacity),
+        table(16),
+    )
