@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench``: runs the benchmarks and writes JSON, tables and plots to bench/results. See bench/README.md."""
+"""``python -m bench``: runs the benchmarks, writes JSON, tables and plots to bench/results (README.md)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,30 @@ MODULES = {
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures Palmette against its peers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measures Palmette against its peers."
+    )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--suite", choices=SUITES, default="default", help="quick: a minute, default: ten, full: all")
+    size.add_argument(
+        "--suite", choices=SUITES, default="default", help="quick: a minute, default: ten, full: all"
+    )
     size.add_argument("--quick", dest="suite", action="store_const", const="quick")
     size.add_argument("--full", dest="suite", action="store_const", const="full")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of %(default)s, with commas between")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="jobs with TEXT in their names")
-    parser.add_argument("--flex", action="store_true", help="compile flex_attention as a peer, half a minute per case")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="jobs with TEXT in their names"
+    )
+    parser.add_argument(
+        "--flex", action="store_true", help="compile flex_attention as a peer, half a minute per case"
+    )
     parser.add_argument("--warm", action="store_true", help="do not evict the caches before timed calls")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
-    parser.add_argument("--name", help="results are bench/results/NAME.json and beside it (default: local/latest)")
-    parser.add_argument("--direct", action="store_true", help="without pytest-benchmark, and without its JSON")
+    parser.add_argument(
+        "--name", help="results are bench/results/NAME.json and beside it (default: local/latest)"
+    )
+    parser.add_argument(
+        "--direct", action="store_true", help="without pytest-benchmark, and without its JSON"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="only evaluate a saved run again")
     options = parser.parse_args(argv)
     unknown = set(options.kinds.split(",")) - set(KINDS)
@@ -84,8 +96,21 @@ def _run_pytest(options: argparse.Namespace) -> int:
     target = folder / "results" / f"{name}.pytest-benchmark.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     arguments = [str(folder / f"{MODULES[kind]}.py") for kind in options.kinds.split(",")]
-    arguments += ["-q", "-s", "--no-header", "-p", "no:cacheprovider", "--benchmark-quiet", "--benchmark-disable-gc"]
-    arguments += [f"--benchmark-json={target}", f"--suite={options.suite}", f"--kinds={options.kinds}", f"--results={name}"]
+    arguments += [
+        "-q",
+        "-s",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-quiet",
+        "--benchmark-disable-gc",
+    ]
+    arguments += [
+        f"--benchmark-json={target}",
+        f"--suite={options.suite}",
+        f"--kinds={options.kinds}",
+        f"--results={name}",
+    ]
     arguments += [f"--only={text}" for text in options.only]
     arguments += [f"--{flag}" for flag in ("flex", "warm") if getattr(options, flag)]
     arguments += [] if options.threads is None else [f"--threads={options.threads}"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does not compare with a peer: time linear in the work, the cost of updating a plan, and extra memory."""
+"""What has no peer: time linear in the work, the cost of updating a plan, and extra memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEMORY_PER_THREAD = 1 << 20
 
 def jobs(settings: Settings) -> list[Job]:
     found = [
-        Job("checks", f"linear: {name}", lambda cases=cases: _linear(*cases, settings))  # type: ignore[misc]
+        Job("checks", f"linear: {name}", lambda cases=cases: _linear(*cases, settings))
         for name, cases in {
             "chain 8192 / 4096": (chain_case(4096), chain_case(8192)),
             "star 16 on 8192 / 4096": (star_case(16, 4096), star_case(16, 8192)),
@@ -31,7 +31,7 @@ def jobs(settings: Settings) -> list[Job]:
     ]
     found.append(Job("checks", "update: one step of 64 leaves, 8k tokens", lambda: _update(settings)))
     found += [
-        Job("checks", f"memory: {case.name}", lambda case=case: _memory(case))  # type: ignore[misc]
+        Job("checks", f"memory: {case.name}", lambda case=case: _memory(case))
         for case in (chain_case(), star_case(64), irregular_case(), medusa_case(256, 4096))
     ]
     return [job for job in found if settings.wants("checks", job.name)]
@@ -45,7 +45,7 @@ def _linear(small: Case, large: Case, settings: Settings) -> tuple[Race, Row]:
 
 
 def _update(settings: Settings) -> tuple[Race, Row]:
-    """A decode step's change of the tree (a token per leaf) and the update of its plan, against one layer's attention."""
+    """A decode step's change of tree and plan, a token per leaf, against one layer's attention."""
     import palmette
 
     case = star_case(64)

@@ -29,7 +29,7 @@ def jobs(settings: Settings) -> list[Job]:
         queries, states, heads, dim, dtype = shape
         name = f"merge {queries} x {states or 'ragged'} states {heads} heads D{dim} {str(dtype)[6:]}"
         if settings.wants("merge", name):
-            found.append(Job("merge", name, lambda shape=shape: _prepare(*shape, settings)))  # type: ignore[misc]
+            found.append(Job("merge", name, lambda shape=shape: _prepare(*shape, settings)))
     return found
 
 
@@ -51,13 +51,19 @@ def _prepare(
 
     peer = _dense(outs, lses) if indptr is None else _ragged(outs, lses, indptr.long(), queries)
     ours = Contender("palmette", lambda: palmette.merge_states(outs, lses, indptr), lambda result: result[0])
-    torch.testing.assert_close(ours.read(ours.run()), peer.read(peer.run()), atol=3e-2 if dtype != torch.float32 else 1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        ours.read(ours.run()), peer.read(peer.run()), atol=3e-2 if dtype != torch.float32 else 1e-5, rtol=1e-3
+    )
     others = [peer]
     if settings.with_flex:
         compiled = torch.compile(peer.run)
         others.append(Contender("torch.compile", compiled, peer.read))
     written = queries * heads * dim
-    row = {"group": "merge", "flops": 2 * outs.numel(), "bytes": (outs.numel() + written) * outs.element_size()}
+    row = {
+        "group": "merge",
+        "flops": 2 * outs.numel(),
+        "bytes": (outs.numel() + written) * outs.element_size(),
+    }
     return Race(ours, others, budget_s=settings.budget_s / 4, before=settings.before()), row
 
 

@@ -24,7 +24,7 @@ FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 def jobs(settings: Settings) -> list[Job]:
     return [
-        Job("training", case.name, lambda case=case: _prepare(case, settings), inference=False)  # type: ignore[misc]
+        Job("training", case.name, lambda case=case: _prepare(case, settings), inference=False)
         for case in training_cases(settings.suite)
         if settings.wants("training", case.name)
     ]
@@ -45,7 +45,7 @@ def _prepare(case: Case, settings: Settings) -> tuple[Race, Row]:
     errors = {c.name: _check(case, c, want) for c in contenders}
     flops = case.flops // FORWARD_PRODUCTS * (FORWARD_PRODUCTS + BACKWARD_PRODUCTS)
     ours, *others = contenders
-    rounds = {"quick": 2, "default": 5, "full": 9}[settings.suite]
+    rounds = {"quick": 1, "default": 3, "full": 7}[settings.suite]
     race = Race(ours, others, budget_s=0.0, min_rounds=rounds, before=settings.before())
     # forward reads q, k, v and writes the output; backward reads these and dout and writes three gradients
     return race, {**describe(case), "flops": flops, "bytes": 4 * case.num_bytes(), "max_error": errors}
@@ -65,7 +65,7 @@ def _ours(case: Case, leaves: Gradients, dout: torch.Tensor) -> Contender:
     def run() -> Gradients:
         return torch.autograd.grad(palmette.tree_attention(*leaves, plan), leaves, dout)
 
-    return Contender("palmette", run, lambda gradients: gradients)  # type: ignore[arg-type, return-value]
+    return Contender("palmette", run, lambda gradients: gradients)
 
 
 def _heads_last(gradients: Gradients) -> Gradients:
@@ -91,7 +91,7 @@ def _masked(case: Case, leaves: Gradients, dout: torch.Tensor, *, folded: bool) 
         return torch.autograd.grad(out, leaves, grad)
 
     name = "masked SDPA, folded" if folded else "masked SDPA, expanded"
-    return Contender(name, run, _heads_last)  # type: ignore[arg-type]
+    return Contender(name, run, _heads_last)
 
 
 def _per_branch(case: Case, leaves: Gradients, dout: torch.Tensor) -> Contender:
@@ -117,16 +117,20 @@ def _per_branch(case: Case, leaves: Gradients, dout: torch.Tensor) -> Contender:
         outs = []
         for rows, count, _ in calls:
             q, k, v = (x[0].index_select(1, rows).unflatten(1, (count, -1)).transpose(0, 1) for x in leaves)
-            outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=case.group_size > 1))
+            outs.append(
+                F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=case.group_size > 1)
+            )
         return torch.autograd.grad(outs, leaves, [grad for *_, grad in calls])
 
-    return Contender("per branch, causal", run, _heads_last)  # type: ignore[arg-type]
+    return Contender("per branch, causal", run, _heads_last)
 
 
 def _expected(case: Case, inputs: tuple[torch.Tensor, ...], dout: torch.Tensor) -> Gradients:
     """dq, dk, dv of the first KV head in float64."""
     group = case.group_size
-    q, k, v = (x[:, : group if i == 0 else 1].double().transpose(0, 1).requires_grad_() for i, x in enumerate(inputs))
+    q, k, v = (
+        x[:, : group if i == 0 else 1].double().transpose(0, 1).requires_grad_() for i, x in enumerate(inputs)
+    )
     scores = (q @ k.transpose(1, 2)) * case.head_dim**-0.5
     out = scores.masked_fill(~case.geometry.visible(), -torch.inf).softmax(-1) @ v
     gradients = torch.autograd.grad(out, (q, k, v), dout[:, :group].double().transpose(0, 1))
@@ -139,7 +143,9 @@ def _check(case: Case, contender: Contender, want: Gradients) -> float:
     for name, g, w in zip(("dq", "dk", "dv"), got, want, strict=True):
         error = ((g[:, : w.shape[1]].double() - w).abs().max() / w.abs().max()).item()
         if not error <= TOLERANCE[case.torch_dtype]:
-            raise AssertionError(f"{case.name}: {name} of {contender.name} is off by {error:.3g} of its largest value")
+            raise AssertionError(
+                f"{case.name}: {name} of {contender.name} is off by {error:.3g} of its largest value"
+            )
         worst = max(worst, error)
     return worst
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tree_attention, forward: decoding and verification against every peer, on the workloads of bench/cases.py."""
+"""tree_attention, forward: decoding and verification on the workloads of bench/cases.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.peers import ours, peers
 
 def jobs(settings: Settings) -> list[Job]:
     return [
-        Job("attention", case.name, lambda case=case: _prepare(case, settings))  # type: ignore[misc]
+        Job("attention", case.name, lambda case=case: _prepare(case, settings))
         for case in attention_cases(settings.suite)
         if settings.wants("attention", case.name)
     ]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The workloads that Palmette is measured on; tests take their shapes from here too.
 
-A ``Case`` is plain data. ``Geometry`` derives from it who sees whom, ``make_inputs`` the tensors, and ``attention_cases`` /
-``training_cases`` list the suites: ``quick`` (about a minute), ``default`` (about ten) and ``full`` (everything).
+A ``Case`` is plain data. ``Geometry`` derives from it who sees whom, ``make_inputs`` the tensors, and
+``attention_cases`` / ``training_cases`` list the suites: ``quick`` (about a minute), ``default`` (about ten)
+and ``full`` (everything).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Case:
         tree: The nodes.
         queries: "leaves", "tokens", or (node, offset) pairs, as ``palmette.plan_tree_attention`` takes them.
         num_q_heads, num_kv_heads, head_dim, dtype: Of q, k and v.
-        page_size: 0: token i of the depth-first order lies in slot i. Else the pool consists of pages in random order; each
-            node has pages of its own.
+        page_size: 0: token i of the depth-first order lies in slot i. Else the pool consists of pages in
+            random order; each node has pages of its own.
     """
 
     name: str
@@ -177,35 +178,36 @@ def _paged_slots(case: Case, draw: torch.Generator) -> torch.Tensor:
     return torch.cat(parts)
 
 
-# ------------------------------------------------------------------------------------------------------- suites
+# ----------------------------------------------------------------------------------------------------- suites
 
 
 def star_case(num_leaves: int, prompt: int = 4096, private: int = 64, **options: object) -> Case:
     """A few-shot star, in the group that its number of leaves belongs to."""
     group = "star_large" if num_leaves >= 20 else "star_small"
     tree = trees.star(num_leaves, prompt, private)
-    return _named(Case(f"star {num_leaves} x {private} on {prompt}", group, tree, **options))  # type: ignore[arg-type]
+    return _named(Case(f"star {num_leaves} x {private} on {prompt}", group, tree, **options))
 
 
 def medusa_case(size: int, prompt: int, **options: object) -> Case:
     """A Medusa token tree below a prompt; every token of the token tree asks."""
     tree = trees.token_tree(prompt, trees.draft_paths(size))
     queries = tuple((node, 0) for node in range(1, len(tree.parent)))
-    return _named(Case(f"medusa {size} on {prompt}", "medusa", tree, queries, **options))  # type: ignore[arg-type]
+    return _named(Case(f"medusa {size} on {prompt}", "medusa", tree, queries, **options))
 
 
 def reasoning_case(task: str, index: int, progress: float = 0.5, **options: object) -> Case:
     """A recorded tree-of-thought in mid-run."""
     name = f"thought {task} {index} at {progress:.0%}"
-    return _named(Case(name, "irregular", trees.reasoning(task, index, progress), **options))  # type: ignore[arg-type]
+    return _named(Case(name, "irregular", trees.reasoning(task, index, progress), **options))  # type:
+    ignore[arg - type]
 
 
 def irregular_case(**options: object) -> Case:
-    return _named(Case("irregular 79 nodes", "irregular", trees.irregular(), **options))  # type: ignore[arg-type]
+    return _named(Case("irregular 79 nodes", "irregular", trees.irregular(), **options))
 
 
 def chain_case(num_tokens: int = 4160, **options: object) -> Case:
-    return _named(Case(f"chain {num_tokens}", "chain", trees.chain(num_tokens), **options))  # type: ignore[arg-type]
+    return _named(Case(f"chain {num_tokens}", "chain", trees.chain(num_tokens), **options))
 
 
 def fasttree_case(nodes: Sequence[int], tokens: Sequence[int], num_q_heads: int, num_kv_heads: int) -> Case:
@@ -311,8 +313,8 @@ def _training(suite: str) -> list[Case]:
     ]
     if suite != "quick":
         cases.append(Case("train 4 levels", "training", trees.packed(2048, 384, 4, seed=0), "tokens"))
-        cases.append(_named(replace(cases[0], dtype="bfloat16")))
     if suite == "full":
+        cases.append(_named(replace(cases[0], dtype="bfloat16")))
         cases.append(_named(replace(cases[1], num_q_heads=9, num_kv_heads=3, head_dim=64)))
     return cases
 

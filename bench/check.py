@@ -39,5 +39,7 @@ def check(name: str, case: Case, out: torch.Tensor, want: torch.Tensor, queries:
     """
     error = (out[queries].double() - want).abs().max().item()
     if not error <= TOLERANCE[case.torch_dtype]:
-        raise AssertionError(f"{case.name}: {name} is off by {error:.3g}, at most {TOLERANCE[case.torch_dtype]} is right")
+        raise AssertionError(
+            f"{case.name}: {name} is off by {error:.3g}, at most {TOLERANCE[case.torch_dtype]} is right"
+        )
     return error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pytest-benchmark's side of the benchmarks: options, one test per job, and reports at the end of a session."""
+"""pytest-benchmark's side: options, one test per job, and reports at the end of a session."""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
 
     floor = max(FLOPs / best fp32 GEMM rate, bytes / read bandwidth)
 
-Bandwidth is that of main memory: timings evict the caches first (``bench.measure``), as the other layers of a model do. The
-pool [slots, Hk, D] can be read from end to end, so its bandwidth is the contiguous one; walking one head at a time through
-it, a piece of head_dim every num_kv_heads * head_dim elements, is slower, and is reported beside it.
+Bandwidth is that of main memory: timings evict the caches first (``bench.measure``), as the other layers of a
+model do. The pool [slots, Hk, D] can be read from end to end, so its bandwidth is the contiguous one; walking
+one head at a time through it, a piece of head_dim every num_kv_heads * head_dim elements, is slower, and is
+reported beside it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the timings are held against.
 
-"k times the peer" means min(k, 0.75 * peer / floor), and at least 1.0: nobody is asked to run faster than three quarters of
-what the machine can do, and nobody may be slower than the best peer.
+"k times the peer" means min(k, 0.75 * peer / floor), and at least 1.0: nobody is asked to run faster than
+three quarters of what the machine can do, and nobody may be slower than the best peer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job is one row of a report: what to prepare, and whom to time. Both runners, ours and pytest-benchmark, run jobs."""
+"""A job is one row of a report: what to prepare, and whom to time. Both runners run jobs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Settings:
     @property
     def budget_s(self) -> float:
         """Seconds of timing per attention case."""
-        return {"quick": 1.0, "default": 2.5, "full": 4.0}[self.suite]
+        return {"quick": 1.0, "default": 1.5, "full": 4.0}[self.suite]
 
     def before(self) -> Callable[[], None]:
         """What runs before every timed call."""
@@ -58,7 +58,8 @@ class Job:
     Attributes:
         kind: One of KINDS.
         name: Unique within its kind.
-        prepare: Builds tensors and contenders, checks their results, and returns them with the row as known so far.
+        prepare: Builds tensors and contenders, checks their results, and returns them with the row as known
+            so far.
         inference: Whether it all runs under ``torch.inference_mode``.
     """
 

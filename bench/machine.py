@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result has to say about where it was measured: the processor and the versions, no names of hosts or users."""
+"""What a result says about where it was measured: processor and versions, no host names."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def describe() -> dict[str, object]:
 def headline(machine: dict[str, object]) -> str:
     """One line for tables and plots."""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; torch {machine['torch']}, "
-        f"palmette {machine['palmette']} ({machine['palmette_isa']})"
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; "
+        f"torch {machine['torch']}, palmette {machine['palmette']} ({machine['palmette_isa']})"
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: in every round each contender runs once, so that all of them meet the same moods of the machine."""
+"""Interleaved timing: every round runs each contender once, so all meet the same moods of the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from bench.peers import Contender
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 25
-# A peer that is this many times slower than the best one cannot become the best: it drops out after two rounds.
+# A peer that is this many times slower than the best one cannot become the best: it drops out after two
+# rounds.
 HOPELESS = 3.0
 _DEFAULT_CACHE = 32 << 20
 
@@ -29,9 +30,10 @@ def wake_threads(seconds: float = 0.5) -> None:
 
 
 class Evictor:
-    """Reads a buffer of twice the last-level cache, on all threads, so that what comes next starts from main memory.
+    """Reads a buffer of twice the last-level cache, on all threads: what comes next starts from main memory.
 
-    In a model, the other layers do this between two calls for the same K and V. It also leaves all threads awake.
+    In a model, the other layers do this between two calls for the same K and V. It also leaves all threads
+    awake.
     """
 
     def __init__(self) -> None:
@@ -56,8 +58,8 @@ def _last_level_cache() -> int:
 class Race:
     """Ours and its peers, timed in turn.
 
-    ``run`` does all of it. A benchmark framework that times ours itself calls ``warm_up``, then per round ``lap`` before the
-    call, and hands the times to ``finish``.
+    ``run`` does all of it. A benchmark framework that times ours itself calls ``warm_up``, then per round
+    ``lap`` before the call, and hands the times to ``finish``.
 
     Args:
         ours: The contender that all ratios are about.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a call takes beyond its inputs and outputs: ``python -m bench.memory CASE`` in a process of its own.
+"""Memory of a call beyond its inputs and outputs: ``python -m bench.memory CASE THREADS``.
 
-Prints the growth of the resident set's peak during the first call of that size. The peak is reset before it, through
-/proc/self/clear_refs (Linux); inputs, output and plan are in place by then.
+Prints the growth of the resident set's peak during the first call of that size. The peak is reset before it,
+through /proc/self/clear_refs (Linux); inputs, output and plan are in place by then.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def extra_bytes(case: Case) -> int:
 
     def call(case: Case) -> tuple[object, ...]:
         tree = palmette.Tree(case.tree.parent, case.tree.num_tokens)
-        nodes = tuple(torch.tensor(part) for part in zip(*case.queries, strict=True)) if isinstance(case.queries, tuple) else case.queries
+        nodes = (
+            tuple(torch.tensor(part) for part in zip(*case.queries, strict=True))
+            if isinstance(case.queries, tuple)
+            else case.queries
+        )
         plan = palmette.plan_tree_attention(
             tree,
             nodes,
@@ -50,14 +54,14 @@ def extra_bytes(case: Case) -> int:
     with torch.inference_mode():
         inputs, plan, out = call(tiny)
         for _ in range(3):
-            palmette.tree_attention(*inputs[:3], plan, out=out)  # type: ignore[index]
+            palmette.tree_attention(*inputs[:3], plan, out=out)
         inputs, plan, out = call(case)
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-        palmette.tree_attention(*inputs[:3], plan, out=out)  # type: ignore[index]
+        palmette.tree_attention(*inputs[:3], plan, out=out)
     return max(0, _status("VmHWM") - before)
 
 

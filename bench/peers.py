@@ -2,9 +2,9 @@
 """What Palmette is measured against: each peer as its best user would call it.
 
 Everything that a peer can prepare is prepared outside the timed region: K and V lie head-major and contiguous
-([Hk, tokens, D], gathered per group of equal nodes), q comes folded (GQA's query heads are rows of their KV head), masks are
-float and ready, views are sliced. Outputs stay in the peer's own layout; ``Contender.read`` brings them into Palmette's
-[Nq, Hq, D] for the check alone.
+([Hk, tokens, D], gathered per group of equal nodes), q comes folded (GQA's query heads are rows of their KV
+head), masks are float and ready, views are sliced. Outputs stay in the peer's own layout; ``Contender.read``
+brings them into Palmette's [Nq, Hq, D] for the check alone.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _rows_mask(p: Prepared, begin: int, end: int, keys: np.ndarray) -> torch.Ten
     return mask.repeat_interleave(p.case.group_size, 0)
 
 
-# ------------------------------------------------------------------------------- cascade: one call per node or level
+# ------------------------------------------------------------------------ cascade: one call per node or level
 
 
 class _Call(NamedTuple):
@@ -149,12 +149,12 @@ def _sees_part(p: Prepared, node: int, begin: int, end: int) -> bool:
 
 
 def _rows_first(x: torch.Tensor) -> torch.Tensor:
-    """[batch, Hk, rows, ...] as flash returns it -> [batch * rows, Hk, ...], without a copy: its memory has that order."""
+    """Flash's [batch, Hk, rows, ...] -> [batch * rows, Hk, ...]: a view, as this is its memory's order."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def cascade(p: Prepared) -> Contender:
-    """Every level's keys once: a flash call per run of equal nodes, and a merge by the softmax of their LSEs."""
+    """A flash call per node, or per run of equal nodes, and a merge by the softmax of the LSEs."""
     calls = list(_cascade_calls(p))
     if len(calls) > MAX_CALLS:
         raise NotRunError(f"{len(calls)} calls")
@@ -184,8 +184,7 @@ def _merged(p: Prepared, calls: list[_Call], name: str) -> Contender:
     lse_of = [lse[call.level, call.rows] for call in calls]
     weight_of = [weight[call.level, call.rows, :, None] for call in calls]
     out_of = [out[call.rows] for call in calls]
-    starts = [whole and i == 0 or call.level == 0 and calls[0].rows.stop == num_rows for i, call in enumerate(calls)]
-    covered = any(starts)
+    covered = calls[0].rows == slice(0, num_rows)
 
     def merge_many() -> torch.Tensor:
         parts = []
@@ -196,8 +195,8 @@ def _merged(p: Prepared, calls: list[_Call], name: str) -> Contender:
         torch.softmax(lse, 0, out=weight)
         if not covered:
             out.zero_()
-        for part, share, target, begins in zip(parts, weight_of, out_of, starts, strict=True):
-            if begins:
+        for index, (part, share, target) in enumerate(zip(parts, weight_of, out_of, strict=True)):
+            if covered and index == 0:
                 torch.mul(part, share, out=target)
             else:
                 target.addcmul_(part, share)
@@ -207,12 +206,14 @@ def _merged(p: Prepared, calls: list[_Call], name: str) -> Contender:
 
 
 def _call(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
-    result: tuple[torch.Tensor, torch.Tensor] = _flash(call.q, call.k, call.v, 0.0, False, attn_mask=call.mask)
+    result: tuple[torch.Tensor, torch.Tensor] = _flash(
+        call.q, call.k, call.v, 0.0, False, attn_mask=call.mask
+    )
     return result
 
 
 def prefix_and_mask(p: Prepared) -> Contender:
-    """The root by one flash call, all below it by a second one with a mask: how token trees are verified by hand."""
+    """The root by one flash call, all below it by a second one with a mask: token trees by hand."""
     geometry = p.case.geometry
     root = p.case.tree.num_tokens[geometry.order[0]]
     rest = len(geometry.token_end) - root
@@ -251,7 +252,7 @@ def union_mask(p: Prepared) -> Contender:
 
 
 def flex(p: Prepared) -> Contender:
-    """flex_attention, compiled for this shape, with a block mask; compiling takes half a minute, outside the timing."""
+    """flex_attention with a block mask, compiled for this shape (half a minute, outside the timing)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     group = p.case.group_size
@@ -266,7 +267,9 @@ def flex(p: Prepared) -> Contender:
     compiled = torch.compile(flex_attention, dynamic=False)
     try:
         compiled(q, k, v, block_mask=block_mask)
-    except Exception as error:  # a compiler is missing, or the shape is not supported: no peer, but no failure of ours
+    except (
+        Exception
+    ) as error:  # a compiler is missing, or the shape is not supported: no peer, but no failure of ours
         raise NotRunError(f"flex_attention did not compile: {str(error).splitlines()[0][:80]}") from error
     return Contender("flex", lambda: compiled(q, k, v, block_mask=block_mask), p.unfold)
 
@@ -275,7 +278,7 @@ def flex(p: Prepared) -> Contender:
 
 
 def per_sequence(p: Prepared) -> Contender:
-    """Every query reads its own path, replicated beforehand; queries with paths of equal length share a call."""
+    """Every query reads its own path, replicated beforehand; paths of equal length share a call."""
     case, geometry = p.case, p.case.geometry
     index = np.arange(len(geometry.token_end))
     paths = [index[(index <= pos) & (pos < geometry.token_end)] for pos in p.pos]
@@ -288,9 +291,7 @@ def per_sequence(p: Prepared) -> Contender:
     for length in np.unique(lengths):
         members = np.flatnonzero(lengths == length)
         keys = torch.from_numpy(np.concatenate([paths[i] for i in members]))
-        k, v = (
-            x[:, keys].unflatten(1, (len(members), -1)).transpose(0, 1).contiguous() for x in (p.k, p.v)
-        )
+        k, v = (x[:, keys].unflatten(1, (len(members), -1)).transpose(0, 1).contiguous() for x in (p.k, p.v))
         calls.append((torch.from_numpy(members), q[members].contiguous(), k, v))
 
     def run() -> list[torch.Tensor]:
@@ -305,11 +306,11 @@ def per_sequence(p: Prepared) -> Contender:
     return Contender("per sequence", run, read)
 
 
-# --------------------------------------------------------------------------------------------------- all of them
+# ------------------------------------------------------------------------------------------------ all of them
 
 
 def upcast(peer: Callable[[Prepared], Contender], p: Prepared) -> Contender:
-    """A bf16 peer that computes in fp32: K and V are converted inside the timed region, they are stored in bf16."""
+    """A bf16 peer that computes in fp32; K and V are stored in bf16, so converting them is timed."""
     wide = p._replace(q=p.q.float(), k=p.k.float(), v=p.v.float())
     inner = peer(wide)
 
@@ -353,7 +354,7 @@ def peers(case: Case, inputs: Inputs, *, with_flex: bool = False) -> tuple[list[
         makers["flex"] = flex
     if case.torch_dtype != torch.float32:
         for name, maker in list(makers.items())[:3]:
-            makers[f"{name} fp32"] = lambda p, maker=maker: upcast(maker, p)  # type: ignore[misc]
+            makers[f"{name} fp32"] = lambda p, maker=maker: upcast(maker, p)
     found, missing = [], {}
     for name, maker in makers.items():
         try:

@@ -16,11 +16,11 @@ from matplotlib import pyplot as plt
 from bench.goals import GOALS
 from bench.machine import headline
 
-_COLORS = dict(zip(GOALS, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+_COLORS = dict(zip(GOALS, plt.get_cmap("tab10").colors, strict=False))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Writes ``path``-attention.png, ``path``-floor.png and ``path``-training.png, as far as there are rows."""
+    """Writes ``path``-attention.png, -floor.png and -training.png, as far as there are rows."""
     for kind, suffix in (("attention", "attention"), ("attention", "floor"), ("training", "training")):
         rows = [row for row in result["rows"] if row["kind"] == kind and "result" in row]
         if rows:
@@ -72,7 +72,13 @@ def _ratio_bars(rows: list[dict[str, Any]]) -> Any:
 def _floor_bars(rows: list[dict[str, Any]]) -> Any:
     fractions = [100 * row["result"]["fraction"] for row in rows]
     figure, axes = _bars(rows, fractions, "% of the floor; black mark: goal")
-    axes.plot([100 * row["result"]["fraction_goal"] for row in rows], range(len(rows)), "|", color="black", markersize=6)
+    axes.plot(
+        [100 * row["result"]["fraction_goal"] for row in rows],
+        range(len(rows)),
+        "|",
+        color="black",
+        markersize=6,
+    )
     for place, (row, fraction) in enumerate(zip(rows, fractions, strict=True)):
         axes.text(fraction + 0.5, place, f"{fraction:.0f} {row['result']['bound']}", va="center", fontsize=6)
     axes.axvline(100, color="0.3", linewidth=0.8)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From times to tables: ratios, floors, goals, and one summary line per goal.
 
-A row keeps what was measured; ``evaluate`` derives ``row["result"]`` from it and from the ceilings of the run, so a saved run
-can be evaluated again: ``python -m bench report FILE.json``.
+A row keeps what was measured; ``evaluate`` derives ``row["result"]`` from it and from the ceilings of the
+run, so a saved run can be evaluated again: ``python -m bench --report FILE.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.machine import headline
 LINEAR_TOLERANCE = 0.2
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(row: Row, ceilings: Ceilings) -> Row:
@@ -62,7 +62,12 @@ def _model(row: Row, _: Ceilings) -> dict[str, Any]:
     own = row["times"][row["ours"]]["ms"]
     ratios = {name: t["ms"] / own for name, t in row["times"].items() if name != row["ours"]}
     goals = {name: row["goals"][name] for name in ratios}
-    return {"ours_ms": own, "ratios": ratios, "goals": goals, "met": all(ratios[n] >= goals[n] for n in goals)}
+    return {
+        "ours_ms": own,
+        "ratios": ratios,
+        "goals": goals,
+        "met": all(ratios[n] >= goals[n] for n in goals),
+    }
 
 
 def _check(row: Row, ceilings: Ceilings) -> dict[str, Any]:
@@ -70,7 +75,8 @@ def _check(row: Row, ceilings: Ceilings) -> dict[str, Any]:
     check = row["check"]
     own = row["times"][row["ours"]]["ms"]
     if check["what"] == "linear":
-        # time may grow by a fifth more, or less, than the work: the floor of the doubled prompt over that of the single one
+        # time may grow by a fifth more, or less, than the work: the floor of the doubled prompt over that of
+        # the single one
         floors = {name: Floor.from_work(*work, ceilings).ms for name, work in check["work"].items()}
         (small,) = (name for name in row["times"] if name != row["ours"])
         grown, wanted = own / row["times"][small]["ms"], floors[row["ours"]] / floors[small]
@@ -79,21 +85,21 @@ def _check(row: Row, ceilings: Ceilings) -> dict[str, Any]:
     if check["what"] == "share":
         (part,) = (name for name in row["times"] if name != row["ours"])
         share = row["times"][part]["ms"] / own
-        text = f"{row['times'][part]['ms'] * 1e3:.0f} us, {share:.2%} of {own:.2f} ms (at most {check['limit']:.0%})"
+        text = f"{share * own * 1e3:.0f} us, {share:.2%} of {own:.2f} ms (at most {check['limit']:.0%})"
         return {"text": text, "value": share, "met": share <= check["limit"]}
     extra, limit = check["extra_bytes"], check["limit_bytes"]
     text = f"{extra / 2**20:.2f} MiB beyond inputs and outputs (at most {limit / 2**20:.2f})"
     return {"text": text, "value": extra / limit, "met": extra <= limit}
 
 
-# --------------------------------------------------------------------------------------------------------- lines
+# ------------------------------------------------------------------------------------------------------ lines
 
 
 def ceilings_line(ceilings: Ceilings) -> str:
     shape = " x ".join(map(str, ceilings.gemm_shape))
     return (
-        f"ceilings: fp32 GEMM {ceilings.gemm_gflops:.0f} GFLOP/s ({shape}), read {ceilings.read_gbps:.1f} GB/s, "
-        f"head by head {ceilings.walk_gbps:.1f} GB/s"
+        f"ceilings: fp32 GEMM {ceilings.gemm_gflops:.0f} GFLOP/s ({shape}), "
+        f"read {ceilings.read_gbps:.1f} GB/s, head by head {ceilings.walk_gbps:.1f} GB/s"
     )
 
 
@@ -109,7 +115,9 @@ def line(row: Row) -> str:
     if row["kind"] == "checks":
         return f"{row['name']:50s} {result['text']}: {'ok' if result['met'] else 'NOT MET'}"
     if row["kind"] == "model":
-        parts = [f"{name} {ratio:.2f}x (goal {result['goals'][name]}x)" for name, ratio in result["ratios"].items()]
+        parts = [
+            f"{name} {ratio:.2f}x (goal {result['goals'][name]}x)" for name, ratio in result["ratios"].items()
+        ]
         return f"{row['name']:50s} {result['ours_ms']:8.1f} ms per step; {', '.join(parts)}"
     return (
         f"{row['name']:50s} {result['ours_ms']:8.2f} ms  {result['peer_ms']:8.2f} {result['best_peer']:18s} "
@@ -118,7 +126,7 @@ def line(row: Row) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- summary
+# ---------------------------------------------------------------------------------------------------- summary
 
 
 def _by_kind(result: dict[str, Any], kind: str) -> list[Row]:
@@ -136,16 +144,26 @@ def summary_lines(result: dict[str, Any]) -> list[tuple[str, str, bool]]:
     for group, goal in GOALS.items():
         rows = [row for row in timed if row["group"] == group]
         if rows:
-            found.append((f"{goal.title} ({len(rows)})", *_group_finding([r["result"] for r in rows], goal.each, goal.median)))
+            found.append(
+                (
+                    f"{goal.title} ({len(rows)})",
+                    *_group_finding([r["result"] for r in rows], goal.each, goal.median),
+                )
+            )
     if timed:
         slower = [row["name"] for row in timed if row["result"]["ratio"] < 1.0]
         text = f"least {min(row['result']['ratio'] for row in timed):.2f}x" + _names(slower)
         found.append(("nothing below 1.0x", text, not slower))
     found += _floor_findings(_by_kind(result, "attention"))
     for row in _by_kind(result, "model"):
-        parts = [f"{r:.2f}x {name} (goal {row['result']['goals'][name]}x)" for name, r in row["result"]["ratios"].items()]
+        parts = [
+            f"{r:.2f}x {name} (goal {row['result']['goals'][name]}x)"
+            for name, r in row["result"]["ratios"].items()
+        ]
         found.append((row["name"], "; ".join(parts), row["result"]["met"]))
-    found += [(row["name"], row["result"]["text"], row["result"]["met"]) for row in _by_kind(result, "checks")]
+    found += [
+        (row["name"], row["result"]["text"], row["result"]["met"]) for row in _by_kind(result, "checks")
+    ]
     return found
 
 
@@ -180,13 +198,18 @@ def _floor_findings(rows: list[Row]) -> Iterable[tuple[str, str, bool]]:
             fractions = [row["result"]["fraction"] for row in part]
             bounds = [row["result"]["bound"] for row in part]
             goal = part[0]["result"]["fraction_goal"]
-            text = f"median {statistics.median(fractions):.0%}, least {min(fractions):.0%} (goal {goal:.0%}); bound by "
+            text = f"median {statistics.median(fractions):.0%}, least {min(fractions):.0%} (goal {goal:.0%})"
+            text += "; bound by "
             text += ", ".join(f"{b} {bounds.count(b)}" for b in ("compute", "memory") if b in bounds)
             yield f"of the floor: {title} ({len(part)})", text, min(fractions) >= goal
 
 
 def _names(names: list[str]) -> str:
-    return "" if not names else ": " + ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return (
+        ""
+        if not names
+        else ": " + ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    )
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -196,11 +219,16 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------ Markdown
+# --------------------------------------------------------------------------------------------------- Markdown
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
+    return [
+        f"| {' | '.join(head)} |",
+        "|" + "---|" * len(head),
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
 
 
 def _escape(name: str) -> str:
@@ -212,8 +240,9 @@ def markdown(result: dict[str, Any], name: str) -> str:
     lines = [
         f"# Benchmark results, {result['date']}",
         "",
-        f"{headline(result['machine'])}. Suite `{result['suite']}`, caches {result['caches']} before every call, "
-        f"{result['trees']} trees. {ceilings_line(Ceilings(**result['ceilings'])).capitalize()}.",
+        f"{headline(result['machine'])}. Suite `{result['suite']}`, "
+        f"caches {result['caches']} before every call, {result['trees']} trees. "
+        f"{ceilings_line(Ceilings(**result['ceilings']))}.",
         "",
         "How to read this: bench/README.md.",
         "",
@@ -228,13 +257,28 @@ def markdown(result: dict[str, Any], name: str) -> str:
             lines += [f"![ratios](./{name}-{kind}.png)", ""] if kind != "merge" else []
     not_run = [row for row in result["rows"] if "skipped" in row]
     if not_run:
-        lines += ["## Not run", "", *_table(("case", "why"), ((_escape(r["name"]), r["skipped"]) for r in not_run))]
+        lines += [
+            "## Not run",
+            "",
+            *_table(("case", "why"), ((_escape(r["name"]), r["skipped"]) for r in not_run)),
+        ]
     return "\n".join(lines)
 
 
 def _peer_table(rows: list[Row]) -> list[str]:
     names = list(dict.fromkeys(n for row in rows for n in row["times"] if n != row["ours"]))
-    head = ["case", "ours ms", "best peer", "ratio", "goal", "met", "floor ms", "of the floor", "bound", *names]
+    head = [
+        "case",
+        "ours ms",
+        "best peer",
+        "ratio",
+        "goal",
+        "met",
+        "floor ms",
+        "of the floor",
+        "bound",
+        *names,
+    ]
 
     def cells(row: Row) -> list[str]:
         r = row["result"]

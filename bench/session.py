@@ -77,6 +77,8 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     _replace(path.with_suffix(".md"), report.markdown(result, path.name))
+    for old in path.parent.glob(f"{path.name}-*.png"):
+        old.unlink()
     with contextlib.suppress(ImportError):  # no matplotlib, no plots
         from bench.plot import plot
 

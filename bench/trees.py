@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of token trees: generators, and readers of recorded ones. Plain Python, no torch: tests use them too.
+"""Shapes of token trees: generators, and readers of recorded ones. Plain Python: tests use them too.
 
-A tree is ``(parent, num_tokens)``, as ``palmette.Tree`` takes it. Trees that were recorded from real runs are read from
-``$PALMETTE_TREE_TRACES`` or ``../shared/data/tree_traces``, where present; everywhere else generators with the same
-statistics stand in, and ``has_traces`` tells which of the two a run used.
+A tree is ``(parent, num_tokens)``, as ``palmette.Tree`` takes it. Trees that were recorded from real runs are
+read from ``$PALMETTE_TREE_TRACES`` or ``../shared/data/tree_traces``, where present; everywhere else
+generators with the same statistics stand in, and ``has_traces`` tells which of the two a run used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TreeShape(NamedTuple):
     num_tokens: tuple[int, ...]
 
 
-# ------------------------------------------------------------------------------------------------ regular trees
+# ---------------------------------------------------------------------------------------------- regular trees
 
 
 def chain(num_tokens: int) -> TreeShape:
@@ -39,7 +39,7 @@ def star(num_leaves: int, prompt: int, private: int) -> TreeShape:
 
 
 def levels(nodes: Sequence[int], tokens: Sequence[int]) -> TreeShape:
-    """A regular tree: ``nodes[i]`` nodes of ``tokens[i]`` tokens on level i, shared out evenly among their parents."""
+    """A regular tree: ``nodes[i]`` nodes of ``tokens[i]`` tokens on level i, evenly among their parents."""
     parent = [-1] * nodes[0]
     num_tokens = [tokens[0]] * nodes[0]
     first = 0
@@ -52,7 +52,7 @@ def levels(nodes: Sequence[int], tokens: Sequence[int]) -> TreeShape:
 
 
 def token_tree(prompt: int, paths: Iterable[Sequence[int]]) -> TreeShape:
-    """A draft's token tree below a prompt: node 1 is the last committed token, every path ends in one more token."""
+    """A draft's token tree below a prompt: node 1 is the last committed token, paths end in one more each."""
     number = {(): 1}
     parent, num_tokens = [-1, 0], [prompt, 1]
     for path in sorted(tuple(path) for path in paths):
@@ -62,7 +62,7 @@ def token_tree(prompt: int, paths: Iterable[Sequence[int]]) -> TreeShape:
     return TreeShape(tuple(parent), tuple(num_tokens))
 
 
-# ---------------------------------------------------------------------------------------------- irregular trees
+# -------------------------------------------------------------------------------------------- irregular trees
 
 
 def irregular(seed: int = 79) -> TreeShape:
@@ -80,7 +80,7 @@ def irregular(seed: int = 79) -> TreeShape:
 
 
 def packed(num_tokens: int, prompt: int, depth: int, seed: int = 0) -> TreeShape:
-    """A training batch packed into one tree: a prompt, below it ``depth`` levels of uneven branches, two to four each.
+    """A training batch packed into one tree: a prompt with ``depth`` levels of uneven branches below it.
 
     The levels share the remaining tokens evenly, so deeper levels have shorter nodes.
     """
@@ -100,7 +100,7 @@ def packed(num_tokens: int, prompt: int, depth: int, seed: int = 0) -> TreeShape
     return TreeShape(tuple(parent), tuple(lengths))
 
 
-# ---------------------------------------------------------------------------------------------- recorded trees
+# --------------------------------------------------------------------------------------------- recorded trees
 
 
 def traces_directory() -> Path | None:
@@ -115,7 +115,7 @@ def has_traces() -> bool:
     return traces_directory() is not None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _recorded(name: str) -> Any:
     folder = traces_directory()
     if folder is None or not (folder / f"{name}.json").is_file():
@@ -138,7 +138,7 @@ def draft_paths(size: int) -> list[list[int]]:
 
 
 def likeliest_paths(count: int, depth_decay: float = 0.6) -> list[list[int]]:
-    """The ``count`` likeliest paths where child r of a node at depth d is right with chance depth_decay^d / 2^(r+1)."""
+    """The likeliest paths, if child r of a node at depth d is right with chance depth_decay^d / 2^(r+1)."""
     paths: list[list[int]] = []
     heap: list[tuple[float, tuple[int, ...]]] = [(-0.5, (0,))]
     while heap and len(paths) < count:
@@ -158,7 +158,7 @@ class Thought(NamedTuple):
 
 
 def reasoning_run(task: str, index: int) -> list[Thought]:
-    """A recorded tree-of-thought run of ``task`` ("sorting" or "set"); node 0 is the prompt, of ``-start`` tokens."""
+    """A recorded tree-of-thought run of "sorting" or "set"; node 0 is the prompt, of ``-start`` tokens."""
     recorded = _recorded(f"{task}128ToT")
     if recorded is None:
         return list(_generated_run(task, index))
@@ -166,7 +166,8 @@ def reasoning_run(task: str, index: int) -> list[Thought]:
 
 
 def _generated_run(task: str, seed: int) -> Iterator[Thought]:
-    # What the recorded runs have in common: ten thoughts at a time, of which one is expanded, nine or ten rounds.
+    # What the recorded runs have in common: ten thoughts at a time, of which one is expanded, nine or ten
+    # rounds.
     draw = random.Random(f"{task}-{seed}")
     prompt, rounds, first, later, spread = (
         (1103, 10, 860, 365, 0.45) if task == "sorting" else (1610, 9, 81, 60, 0.3)
@@ -203,7 +204,7 @@ def snapshot(run: Sequence[Thought], step: int) -> TreeShape:
 
 
 def reasoning(task: str, index: int, progress: float = 0.5) -> TreeShape:
-    """A tree-of-thought in mid-run: the step nearest to ``progress`` of its run in which at least five leaves live."""
+    """A tree-of-thought at the step nearest to ``progress`` of its run in which at least five leaves live."""
     run = reasoning_run(task, index)
     last = max(thought.end for thought in run)
 

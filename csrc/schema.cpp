@@ -53,8 +53,9 @@ STABLE_TORCH_LIBRARY(palmette, m) {
       "Tensor(g!) merge_row, Tensor(h!) io) -> Tensor done");
 
   m.def(
-      "plan_varlen(Tensor q_indptr, Tensor kv_indptr, bool causal, int num_queries, int num_keys, "
-      "int num_q_heads, int num_kv_heads, int head_dim, int item_capacity, int partial_capacity) -> (Tensor "
+      "plan_varlen(Tensor q_indptr, Tensor kv_indptr, bool causal, SymInt num_queries, "
+      "SymInt num_keys, int num_q_heads, int num_kv_heads, int head_dim, SymInt item_capacity, "
+      "SymInt partial_capacity) -> (Tensor "
       "slots, Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, Tensor merge_row, "
       "Tensor counts)");
 
@@ -67,8 +68,7 @@ STABLE_TORCH_LIBRARY(palmette, m) {
       "verify_sample(Tensor nodes, Tensor tree_counts, Tensor draft_tokens, Tensor target_probs, "
       "Tensor uniforms, int num_roots, int max_depth) -> (Tensor accepted, Tensor num_accepted, "
       "Tensor bonus)");
-  m.def(
-      "compact_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor src_slots, Tensor dst_slots) -> ()");
+  m.def("compact_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor src_slots, Tensor dst_slots) -> ()");
 
   // core: which body of the kernels runs; palmette.testing and `python -m palmette env` call these
   m.def("_set_backend(str name) -> str");

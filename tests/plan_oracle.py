@@ -31,9 +31,9 @@ class PlanTensors(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """The live part of the tensors as Python lists."""
+    """The live part of the tensors, as Python lists but for the slots."""
 
-    slots: list[int]
+    slots: Tensor
     index: list[int]
     pos: list[int]
     depth: list[int]
@@ -51,7 +51,7 @@ def _unpack(plan: Sequence[Tensor]) -> _Plan:
     num_queries, num_segments, num_items, num_tasks, num_partials = counts[:5]
     query = p.query[:, :num_queries].tolist()
     return _Plan(
-        slots=p.slots.tolist(),
+        slots=p.slots.long(),
         index=query[0],
         pos=query[1],
         depth=query[2],
@@ -151,8 +151,9 @@ def _item_keys(p: _Plan, item: Sequence[int]) -> Tensor:
     """[4, keys]: slot, lo, hi and depth of an item's keys, one after the other."""
     keys = []
     for begin, length, lo, step, hi, depth in p.segment[item[0] : item[1]]:
-        keys += [(p.slots[begin + i], lo + i * step, hi, depth + i) for i in range(length)]
-    return torch.tensor(keys).T
+        i = torch.arange(length)
+        keys.append(torch.stack([p.slots[begin + i], lo + i * step, torch.full_like(i, hi), depth + i]))
+    return torch.cat(keys, dim=1)
 
 
 def _visible(p: _Plan, first: int, last: int, keys: Tensor, window: int) -> Tensor:

@@ -27,8 +27,8 @@ def forests(
 ) -> Forest:
     """Random forests: bushy, chains, stars and anything between, ids in any order, nodes without tokens.
 
-    With slots (drawn unless ``with_slots`` says so), they are distinct numbers in any order. min_root_tokens of 1 makes sure
-    that every path holds a token, as "leaves" queries need.
+    With slots (drawn unless ``with_slots`` says so), they are distinct numbers in any order. min_root_tokens
+    of 1 makes sure that every path holds a token, as "leaves" queries need.
     """
     nodes = draw(st.integers(1, max_nodes))
     shape = draw(st.sampled_from(["any", "chain", "star", "forest"]))

@@ -162,7 +162,7 @@ def test_strided_indices():
 
 
 def test_accepted_path_of_a_token_tree():
-    """What it is for: drafts lie behind the prefix in depth-first order, the accepted ones move right behind it."""
+    """Drafts lie behind the prefix in depth-first order; the accepted ones move right behind it."""
     tree = palmette.Tree([-1, 0, 0, 2, 2, 4], [10, 1, 1, 1, 1, 1])
     k, v = caches(20)
     expected = k[torch.tensor([11, 13, 14])].clone()

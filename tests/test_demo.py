@@ -17,14 +17,18 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from tiny_models import greedy, logits_after, random_tokens, tiny_llama
-
 from palmette.integrations._extras import MissingExtraError, require
 from palmette.pipelines import demo, few_shot, models, tree_of_thought
-from palmette.pipelines.measure import Clock, Record, first_difference
-from palmette.pipelines.peers import HandWrittenCascade, MaskedUnion, PeerDecoder
+from palmette.pipelines.demo.hand_written_cascade import HandWrittenCascade
+from palmette.pipelines.demo.inputs import QUICK, recorded_like_schedule, tiny_model
+from palmette.pipelines.demo.masked_union import MaskedUnion
+from palmette.pipelines.demo.measure import Clock, Record, first_difference
+from palmette.pipelines.demo.peers import PeerDecoder
+from palmette.pipelines.demo.workloads import Demo
+from palmette.pipelines.records import Step
 from palmette.pipelines.search import ThoughtNode
-from palmette.pipelines.tree_decoding import Step, TreeDecoder
+from palmette.pipelines.tree_decoding import TreeDecoder
+from tiny_models import greedy, logits_after, random_tokens, tiny_llama
 
 PROMPT = random_tokens(24)
 
@@ -90,14 +94,14 @@ def test_peers_decode_the_same_tree(make: Any) -> None:
 
 
 def test_schedules_are_like_the_recorded_ones() -> None:
-    schedule = demo.recorded_like_schedule(9, 10, 1.0, random.Random(0))
+    schedule = recorded_like_schedule(9, 10, 1.0, random.Random(0))
     assert len(schedule) == 91
     assert [len(entry.children) for entry in schedule if entry.children] == [10] * 9
     start = {child: entry.end_step for entry in schedule for child in entry.children}
     lengths = sorted(
         schedule[index].end_step - begun
         for seed in range(20)
-        for schedule in [demo.recorded_like_schedule(9, 10, 1.0, random.Random(seed))]
+        for schedule in [recorded_like_schedule(9, 10, 1.0, random.Random(seed))]
         for begun, index in [(entry.end_step, child) for entry in schedule for child in entry.children]
     )
     assert set(start) == set(range(1, 91))
@@ -123,8 +127,8 @@ def test_disagreement_is_found() -> None:
 def test_a_wrong_method_fails_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     attend = MaskedUnion.attend
     monkeypatch.setattr(MaskedUnion, "attend", lambda *args: attend(*args) * 1.5)
-    model, text = demo.tiny_model(0)
-    run = demo.Demo(model, text, demo.QUICK, seed=0, output=None, progress=demo._bar)
+    model, text = tiny_model(0)
+    run = Demo(model, text, QUICK, seed=0, output=None, progress=demo._bar)
     with pytest.raises(AssertionError, match="must agree"):
         run.few_shot()
 
@@ -170,7 +174,9 @@ def tiny_tokenizer(directory: Path) -> None:
     words = {"<unk>": 0, "hello": 1, "world": 2}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
+        directory
+    )
 
 
 def test_a_local_checkpoint(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from tiny_models import VOCAB, random_tokens, tiny_llama, tiny_qwen
-
 import palmette
 from palmette.integrations.transformers import DeferredMask, PagedCache, attention_forward, register
+from tiny_models import VOCAB, random_tokens, tiny_llama, tiny_qwen
 
 
 @pytest.fixture(autouse=True, scope="module")

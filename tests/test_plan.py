@@ -1,105 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""plan_tree_attention: every visible (query, key) pair is met exactly once, whatever the split; updates; accounting."""
+"""plan_tree_attention: every visible pair is met once, whatever the split; tasks; accounting; bad input."""
 
 from __future__ import annotations
 
-import random
 import re
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
-from plan_oracle import check_plan
-from strategies import forests, query_pairs
-from test_tree import change
-
 from palmette.reference import tree as reference
 from palmette.tree import Tree
-from palmette.tree_plan import SPLITS, TreeAttentionPlan, plan_tree_attention
-
-HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64}
-FREE_PARTIAL_BYTES = 1 << 20
-
-
-def used(plan: TreeAttentionPlan) -> dict[str, np.ndarray]:
-    """The tables without their spare capacity."""
-    queries, segments, items, tasks, partials = plan.counts[:5].tolist()
-    return {
-        "query": plan.query[:, :queries].numpy(),
-        "segment": plan.segment[:segments].numpy(),
-        "item": plan.item[:items].numpy(),
-        "task": plan.task[:tasks].numpy(),
-        "merge_ptr": plan.merge_ptr[: queries + 1].numpy(),
-        "merge_row": plan.merge_row[:partials].numpy(),
-    }
-
-
-def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All of begin[0] .. end[0] - 1, begin[1] .. end[1] - 1, ..., and for each number the range it is of."""
-    owner = np.repeat(np.arange(len(begin)), end - begin)
-    first = np.cumsum(end - begin) - (end - begin)
-    return np.arange(len(owner)) - first[owner] + begin[owner], owner
-
-
-def coverage(plan: TreeAttentionPlan) -> np.ndarray:
-    """[Nq, N]: how often each query meets each key where it sees it, by the visibility rule of the segments.
-
-    Rows are those of q, keys are numbered depth-first (a tree's `lo` is that number). Slots, subtree ends and depths of the
-    segments are checked against the tree on the way.
-    """
-    tree, p = plan.tree, used(plan)
-    index, pos, depth, _ = p["query"]
-    row, item = ranges(p["item"][:, 0], p["item"][:, 1])  # every segment of every item
-    begin, length, lo, step, hi, first_depth = p["segment"][row].T
-    assert (length > 0).all()
-    assert (step == 1).all()
-
-    key, segment = ranges(lo, lo + length)  # every key of every segment
-    path_lengths, lengths = tree.path_lengths.numpy(), tree.nodes[6].numpy()
-    order = tree.order.numpy()
-    token_depth, _ = ranges(path_lengths[order] - lengths[order], path_lengths[order])
-    assert (plan.slots.numpy()[key - lo[segment] + begin[segment]] == tree.slots.numpy()[key]).all()
-    assert (tree.subtree_end.numpy()[key] == hi[segment]).all()
-    assert (token_depth[key] == key - lo[segment] + first_depth[segment]).all()
-    assert (token_depth[pos] == depth).all()
-
-    query_begin, query_end = p["item"][item[segment], 2:].T
-    query, pair = ranges(query_begin, query_end)  # every (key, query) that meet
-    seen = (key[pair] <= pos[query]) & (pos[query] < hi[segment[pair]])
-    assert (np.bincount(pair, seen, len(key)) > 0).all(), "a key that no query of its item sees"
-    met = np.bincount(
-        index[query].astype(np.int64) * tree.num_tokens + key[pair], seen, len(index) * tree.num_tokens
-    )
-    return met.reshape(len(index), tree.num_tokens)
-
-
-def check(plan: TreeAttentionPlan, want: reference.Tree, queries) -> None:
-    """The plan covers what the reference says, once; its accounting is right; its structure is sound."""
-    mask = want.visible(queries).numpy()
-    assert (coverage(plan) == mask).all()
-    check_plan(plan.tensors, num_q_heads=plan.num_q_heads, num_kv_heads=plan.num_kv_heads)
-    p = used(plan)
-    tokens = np.array(want.query_tokens(queries), dtype=np.int64)
-    assert (p["query"][1] == tokens[p["query"][0]]).all()
-    io = plan.io
-    keys = sum(p["segment"][first:last, 1].sum() for first, last, _, _ in p["item"])
-    assert io.kv_tokens_read == keys
-    assert io.kv_tokens_unique == mask.any(0).sum()
-    assert io.kv_tokens_per_sequence == mask.sum()
-    group = plan.num_q_heads // plan.num_kv_heads
-    if len(mask) <= max(1, 256 // group) and plan.split not in ("sequence", "auto"):
-        assert io.kv_tokens_read == io.kv_tokens_unique  # one tile: every key is read once
-    if plan.split == "sequence":
-        assert io.kv_tokens_read == io.kv_tokens_per_sequence
-    assert io.partial_states == len(p["merge_row"])
-    row_bytes = plan.num_q_heads * (plan.head_dim + 1) * 4
-    assert io.partial_states <= max(2 * len(mask), FREE_PARTIAL_BYTES // row_bytes)
-    slots = want.slots()
-    assert plan.counts[8] == max((s for s in slots), default=-1) + 1
-
+from palmette.tree_plan import SPLITS, plan_tree_attention
+from plan_coverage import FREE_PARTIAL_BYTES, HEADS, check, used
+from plan_oracle import check_plan
+from strategies import forests, query_pairs
 
 # ---- coverage
 
@@ -308,134 +223,6 @@ def test_io_bytes():
     assert io.bytes(torch.float32, v_head_dim=64) == 16384 * 8 * 192 * 4 + 2 * io.partial_states * 32 * 65 * 4
 
 
-# ---- updates
-
-
-@pytest.mark.parametrize("queries", ["leaves", "tokens"])
-@pytest.mark.parametrize("identity", [False, True], ids=["slots", "identity"])
-def test_one_plan_over_thousands_of_changes(identity, queries):
-    """After every change the plan that was kept shows each query what a fresh plan of a fresh tree does."""
-    rng = random.Random(identity)
-    slots = None if identity else [7, 3, 5, 4]
-    tree, want = Tree([-1, 0, 0], [2, 1, 1], slots), reference.Tree([-1, 0, 0], [2, 1, 1], slots)
-    plans = [
-        plan_tree_attention(tree, queries, split=split, block_len=8, **HEADS) for split in ("auto", "flatten")
-    ]
-    next_slot = 100
-    for step in range(1000):
-        next_slot = change(tree, want, rng, next_slot)
-        if queries == "leaves" and not all(want.path_length(leaf) for leaf in want.leaves()):
-            continue
-        fresh = build_again(want)
-        for plan in plans:
-            plan.update()
-            plan.check_fresh()
-            other = plan_tree_attention(fresh, queries, split=plan.split, block_len=8, **HEADS)
-            mine, theirs = used(plan), used(other)
-            assert (mine["query"] == theirs["query"]).all()
-            assert plan.io.kv_tokens_unique == other.io.kv_tokens_unique
-            assert plan.io.kv_tokens_per_sequence == other.io.kv_tokens_per_sequence
-            if identity:  # slots are depth-first numbers, so that even the tables are the same
-                for name, table in mine.items():
-                    assert (table == theirs[name]).all(), name
-            elif step % 10 == 0:
-                check(plan, want, queries)
-            else:
-                assert (coverage(plan) == coverage(other)).all()
-
-
-def build_again(want: reference.Tree) -> Tree:
-    """A new tree like the reference is now, without its history."""
-    order = sorted(want.order())
-    rank = {node: i for i, node in enumerate([-1, *order], start=-1)}
-    parent = [rank[want.parents[n]] for n in order]
-    tree = object.__new__(Tree)
-    if order:
-        tree.__init__(parent, [len(want.tokens[n]) for n in order], None if want.identity else want.slots())
-    else:
-        tree.__init__([-1], [0], None if want.identity else [])
-        tree.prune(0)
-    return tree
-
-
-def test_stale_plans_raise_until_updated():
-    tree = Tree([-1, 0], [3, 2])
-    plan = plan_tree_attention(tree, **HEADS)
-    plan.check_fresh()
-    for mutate in (lambda: tree.append([1], [1]), lambda: tree.branch(0, 1), lambda: tree.prune(1)):
-        mutate()
-        with pytest.raises(
-            ValueError, match=r"plan must be of its tree's version \d+, got one of version \d+"
-        ):
-            plan.check_fresh()
-        plan.update()
-        plan.check_fresh()
-    assert plan.num_queries == 1
-
-
-def test_plans_of_the_same_tree_share_slots():
-    tree = Tree([-1], [1], [5])
-    plan = plan_tree_attention(tree, **HEADS)
-    for step in range(200):
-        tree.append([0], [1], [step])
-        plan.update()
-        assert plan.slots.data_ptr() == tree.arena.data_ptr()
-
-
-def test_tables_grow_seldom():
-    """Appending a thousand tokens to each of eight leaves moves the tables a few times only."""
-    tree = Tree([-1] + [0] * 8, [100] + [0] * 8, range(100))
-    plan = plan_tree_attention(tree, **HEADS)
-    moves, before = 0, [t.data_ptr() for t in plan.tensors]
-    for step in range(1000):
-        tree.append(tree.leaves, [1] * 8, range(8 * step, 8 * step + 8))
-        plan.update()
-        now = [t.data_ptr() for t in plan.tensors]
-        moves += now != before
-        before = now
-    assert moves <= 16
-
-
-def test_empty_forests_have_empty_plans():
-    tree = Tree([-1], [3])
-    plan = plan_tree_attention(tree, **HEADS)
-    tree.prune(0)
-    plan.update()
-    assert plan.counts[:6].tolist() == [0] * 6
-    assert plan.io.kv_tokens_read == 0
-
-
-def test_explicit_queries_cannot_be_updated():
-    plan = plan_tree_attention(Tree([-1], [3]), ([0, 0], [2, 1]), **HEADS)
-    with pytest.raises(ValueError, match="queries must be 'leaves' or 'tokens' for a plan that is updated"):
-        plan.update()
-
-
-def test_compiled_regions_follow_updates_without_recompiling():
-    """Counts and versions are tensors: a step changes no Python number that a compiled region reads."""
-    tree = Tree([-1, 0, 0], [5, 0, 0])
-    tree.append([1, 2], [1, 1])
-    plan = plan_tree_attention(tree, **HEADS)
-    compiled = 0
-
-    def count_graphs(graph, inputs):
-        nonlocal compiled
-        compiled += 1
-        return graph.forward
-
-    @torch.compile(fullgraph=True, backend=count_graphs)
-    def region(x, plan):
-        if not torch.compiler.is_compiling():
-            plan.check_fresh()
-        return x + sum(t.sum() * 0 for t in plan.tensors) + plan.counts[6]
-
-    for _ in range(5):
-        tree.append([1, 2], [1, 1])
-        plan.update()
-        assert region(torch.zeros(1), plan).item() == tree.version
-    assert compiled == 1
-
-
 # ---- bad input
 
 
@@ -479,34 +266,6 @@ def test_leaves_need_a_token():
     tree.add_roots(1)
     with pytest.raises(ValueError, match="got 0 for leaf 2"):
         plan.update()
-
-
-# ---- pictures
-
-
-@pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_plot(tmp_path, suffix):
-    pytest.importorskip("matplotlib")
-    tree = Tree([-1, 0, 0, 1, 1, -1, 5], [50, 10, 20, 5, 0, 30, 4])
-    plan = plan_tree_attention(tree, **HEADS)
-    plan.plot(tmp_path / f"tree.{suffix}")
-    assert [file.name for file in tmp_path.iterdir()] == [f"tree.{suffix}"]
-    head = (tmp_path / f"tree.{suffix}").read_bytes()[:200]
-    assert (b"<?xml" in head) if suffix == "svg" else head.startswith(b"\x89PNG")
-    tree.append([3], [1])
-    with pytest.raises(ValueError, match="plan must be of its tree's version"):
-        plan.plot(tmp_path / "stale.svg")
-
-
-def test_plot_needs_matplotlib_and_a_known_suffix(tmp_path, monkeypatch):
-    plan = plan_tree_attention(Tree([-1], [3]), **HEADS)
-    with pytest.raises(
-        ValueError, match=re.escape("path must be a name that ends in .svg or .png, got 'tree.gif'")
-    ):
-        plan.plot(tmp_path / "tree.gif")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"plan.plot needs matplotlib"):
-        plan.plot(tmp_path / "tree.svg")
 
 
 # ---- operators

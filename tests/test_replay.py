@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replays recorded and generated reasoning trees step by step and compares the KV tokens that plans count.
 
-A trace lists nodes as [start step, end step, children]. At every decode step each leaf appends one token, then the step's KV
-reads are counted; a leaf at its end step is branched if it has children, else pruned. The recorded totals are those of the
-authors of DeFT (arXiv 2404.00242); they are read where the project's shared data lies beside the repository.
+A trace lists nodes as [start step, end step, children]. At every decode step each leaf appends one token,
+then the step's KV reads are counted; a leaf at its end step is branched if it has children, else pruned. The
+recorded totals are those of the authors of DeFT (arXiv 2404.00242); they are read where the project's shared
+data lies beside the repository.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from palmette.tree import Tree
 from palmette.tree_plan import plan_tree_attention
 
@@ -24,7 +24,7 @@ TILED = ("flatten", "node", "node_chunk")
 
 
 def replay(trace, prompt_len: int, max_seq_len: int, splits=TILED) -> dict[str, int]:
-    """KV tokens read over the whole decoding, per split, and "seq" for per-sequence attention. One head: one tile."""
+    """KV tokens read in all steps, per split, and "seq" for per-sequence attention. One head: one tile."""
     tree = Tree([-1], [prompt_len])
     tree.branch(0, len(trace[0][2]))
     plans = {
@@ -75,7 +75,7 @@ def plain_replay(trace, prompt_len: int, max_seq_len: int) -> dict[str, int]:
             while node >= 0:
                 seq += int(length[node])
                 node = parent[node]
-    return {split: flat for split in TILED} | {"seq": seq}
+    return dict.fromkeys(TILED, flat) | {"seq": seq}
 
 
 def generated_trace(seed: int) -> list[list]:

@@ -10,10 +10,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from strategies import forests
-
 from palmette.reference import tree as reference
 from palmette.tree import Tree
+from strategies import forests
 
 ops = torch.ops.palmette
 
@@ -184,7 +183,7 @@ def test_arena_is_compacted():
 
 
 def test_appending_is_amortised():
-    """A run that outgrows its range moves, geometrically: 10,000 single tokens do not fill an arena of 10,000^2 / 2."""
+    """A run that outgrows its range moves geometrically: 10,000 tokens do not need 10,000^2 / 2 entries."""
     tree = Tree([-1, 0, 0], [1, 0, 0], [0])
     for step in range(5000):
         tree.append([1, 2], [1, 1], [step, step])

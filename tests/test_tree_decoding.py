@@ -11,8 +11,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tiny_models import VOCAB, greedy, logits_after, random_tokens, score, tiny_llama, tiny_qwen
-
 from palmette.pipelines import (
     ThoughtNode,
     TokenRecycling,
@@ -26,6 +24,7 @@ from palmette.pipelines import (
 )
 from palmette.pipelines.sampling import choose_tokens, probabilities
 from palmette.pipelines.slots import SlotPool
+from tiny_models import VOCAB, greedy, logits_after, random_tokens, score, tiny_llama, tiny_qwen
 
 PROMPT = random_tokens(40)
 
@@ -112,7 +111,9 @@ def test_a_shorter_dtype_for_the_pool(model: Any) -> None:
     (first, _) = decoder.leaves
     tokens = decoder.sequence(first, include_prompt=True).tokens
     expected = logits_after(tiny_llama(), tokens)[-1]
-    torch.testing.assert_close(decoder.logits([first])[0], expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        decoder.logits([first])[0], expected, rtol=0.1, atol=0.1 * float(expected.abs().max())
+    )
 
 
 def test_fork_and_prune_keep_every_other_path(model: Any, reference: Any) -> None:
@@ -136,7 +137,9 @@ def test_fork_and_prune_keep_every_other_path(model: Any, reference: Any) -> Non
     assert decoder.sequence(d).tokens == [9]
     assert decoder.score(d) == pytest.approx(score(reference, PROMPT, [9]), abs=1e-4)
     # given tokens do not count
-    parts = score(reference, PROMPT, given[:2]) + score(reference, PROMPT + given, decoder.sequence(b).tokens[5:])
+    parts = score(reference, PROMPT, given[:2]) + score(
+        reference, PROMPT + given, decoder.sequence(b).tokens[5:]
+    )
     assert decoder.score(b) == pytest.approx(parts, abs=1e-3)
     # the last leaf below an inner node takes it along
     assert sorted(decoder.prune(a1)) == [a1]
@@ -280,7 +283,9 @@ def test_probabilities() -> None:
 # ---- searches
 
 
-def brute_force_beams(model: Any, prompt: list[int], beams: int, length: int) -> list[tuple[float, list[int]]]:
+def brute_force_beams(
+    model: Any, prompt: list[int], beams: int, length: int
+) -> list[tuple[float, list[int]]]:
     kept: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(length):
         candidates = []
@@ -396,7 +401,9 @@ def test_verify_step_on_several_leaves(model: Any, reference: Any) -> None:
     decoder.step([other, *children])
     leaves = [children[2], other, children[0]]
     paths = [[0], [0, 0], [1], [0, 0, 0], [0, 1]]
-    futures = {leaf: greedy(reference, decoder.sequence(leaf, include_prompt=True).tokens, 8) for leaf in leaves}
+    futures = {
+        leaf: greedy(reference, decoder.sequence(leaf, include_prompt=True).tokens, 8) for leaf in leaves
+    }
     pending = decoder.choose(leaves)
     assert pending == [futures[leaf][0] for leaf in leaves]
     a, b, c = (futures[leaf] for leaf in leaves)
@@ -414,7 +421,10 @@ def test_verify_step_on_several_leaves(model: Any, reference: Any) -> None:
     check_slots(decoder)
     decoder.step(leaves)
     for leaf, outcome in zip(leaves, outcomes, strict=True):
-        assert decoder.sequence(leaf).tokens[-len(outcome.tokens) - 1 :] == futures[leaf][: len(outcome.tokens) + 1]
+        assert (
+            decoder.sequence(leaf).tokens[-len(outcome.tokens) - 1 :]
+            == futures[leaf][: len(outcome.tokens) + 1]
+        )
 
 
 def test_verify_step_ends_at_an_end_token(reference: Any) -> None:
@@ -472,7 +482,12 @@ def test_medusa_paths() -> None:
             assert len(path) == 1 or path[:-1] in paths[:index]
             assert path[-1] == 0 or (*path[:-1], path[-1] - 1) in paths[:index]
     tree = TokenTree([[1], [0], [0, 1], [0, 0]])
-    assert (tree.order, tree.parent, tree.depth, tree.rank) == ([1, 3, 2, 0], [-1, 0, 0, -1], [1, 2, 2, 1], [0, 0, 1, 1])
+    assert (tree.order, tree.parent, tree.depth, tree.rank) == (
+        [1, 3, 2, 0],
+        [-1, 0, 0, -1],
+        [1, 2, 2, 1],
+        [0, 0, 1, 1],
+    )
 
 
 def test_token_recycling_drafts_in_the_order_of_the_paths() -> None:

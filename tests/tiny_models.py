@@ -11,7 +11,9 @@ import transformers
 VOCAB = 97
 
 
-def tiny_llama(*, seed: int = 0, attention: str = "sdpa", eos_token_id: int | None = None, **options: Any) -> Any:
+def tiny_llama(
+    *, seed: int = 0, attention: str = "sdpa", eos_token_id: int | None = None, **options: Any
+) -> Any:
     """A Llama of two layers with 6 query and 2 KV heads; wide weights, so that logits are far apart."""
     config = transformers.LlamaConfig(
         **{

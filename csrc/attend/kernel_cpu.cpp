@@ -180,7 +180,8 @@ struct Forward {
     return {soon_rows, soon_rows + 2 * t.count, static_cast<int>((widest * size + 63) / 64)};
   }
 
-  void run_item(const PlanTask& task, const PlanItem& item, const AttendUnit& unit) {
+  void run_item(const PlanTask& task, int32_t index, const AttendUnit& unit) {
+    const PlanItem& item = p.plan.item[index];
     int32_t min_query_depth = 0;
     const int num_blocks = make_blocks(item, min_query_depth);
     const int rows = (item.query_end - item.query_begin) * group;
@@ -201,6 +202,10 @@ struct Forward {
     bool more = cursor.next(*tile, limit);
     while (more) {
       more = cursor.next(*next, limit);
+      bool known = more;  // the tile after this one, be it of the next item
+      if (!more && index + 1 < task.item_end) {
+        known = KeyCursor(p.plan, p.plan.item[index + 1], 0, 0).next(*next, limit);
+      }
       for (int h = 0; h < heads; ++h) {
         const int head = unit.head_begin + h;
         const auto k = load_tile<S>(p.k, p.dtype, head, p.head_dim, *tile, k_in_place, k_tile);
@@ -208,7 +213,7 @@ struct Forward {
         PrefetchQueue soon;
         if (h + 1 < heads) {
           soon = rows_of(*tile, head + 1);
-        } else if (more) {
+        } else if (known) {
           soon = rows_of(*next, unit.head_begin);
         }
         int finite = -1;  // not yet known
@@ -280,7 +285,7 @@ struct Forward {
     for (int h = 0; h < unit.head_count; ++h) {
       std::memset(o_rows + h * rows_capacity * dv_pad, 0, sizeof(T) * static_cast<size_t>(rows * dv_pad));
     }
-    for (int i = task.item_begin; i < task.item_end; ++i) run_item(task, p.plan.item[i], unit);
+    for (int i = task.item_begin; i < task.item_end; ++i) run_item(task, i, unit);
     for (int h = 0; h < unit.head_count; ++h) {
       const int kv_head = unit.head_begin + h;
       for (int r = 0; r < rows; ++r) {

@@ -161,11 +161,25 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
 }
 
 // How many KV heads a worker takes at a time. In a token-major pool ([slots, Hk, D]) the heads of a token are
-// neighbours, so a task of few rows reads several heads per tile while their packed rows fit the cache; never so many
-// that fewer than kMinUnits units are left to share out. No result depends on it.
-std::vector<AttendUnit> forward_units(const AttendParams& p) {
-  constexpr int64_t kCacheBytes = 256 << 10, kMinUnits = 16;
+// neighbours, so a task whose items have few rows reads several heads per tile, while their packed rows fit the L2 cache and
+// the states of the whole task stay below a megabyte; never so many that fewer than kMinUnits units are left to
+// share out. No result depends on it.
+int64_t heads_at_a_time(const AttendParams& p, const PlanTask& task) {
+  constexpr int64_t kHotBytes = 192 << 10, kStateBytes = 512 << 10, kMinUnits = 16;
+  if (p.k.token <= p.k.head) return 1;
   const int64_t group = p.num_q_heads / p.num_kv_heads;
+  int64_t widest = 1;
+  for (int32_t i = task.item_begin; i < task.item_end; ++i) {
+    widest = std::max<int64_t>(widest, (p.plan.item[i].query_end - p.plan.item[i].query_begin) * group);
+  }
+  const int64_t rows = std::max<int64_t>(1, (task.query_end - task.query_begin) * group);
+  const int64_t heads = std::min({kHotBytes / (widest * (p.head_dim + p.v_head_dim) * 4),
+                                  kStateBytes / (rows * p.v_head_dim * 4),
+                                  p.num_kv_heads * int64_t{p.plan.num_tasks} / kMinUnits});
+  return std::clamp<int64_t>(heads, 1, p.num_kv_heads);
+}
+
+std::vector<AttendUnit> forward_units(const AttendParams& p) {
   std::vector<AttendUnit> units;
   for (int32_t t = 0; t < p.plan.num_tasks; ++t) {
     const PlanTask& task = p.plan.task[t];
@@ -173,13 +187,7 @@ std::vector<AttendUnit> forward_units(const AttendParams& p) {
       units.push_back({t, t + 1, task.kv_head, 1, 0});
       continue;
     }
-    int64_t heads = 1;
-    if (p.k.token > p.k.head) {
-      const int64_t rows = std::max<int64_t>(1, (task.query_end - task.query_begin) * group);
-      heads = kCacheBytes / (rows * (p.head_dim + 2 * p.v_head_dim) * 4);
-      heads = std::min(heads, p.num_kv_heads * int64_t{p.plan.num_tasks} / kMinUnits);
-      heads = std::clamp<int64_t>(heads, 1, p.num_kv_heads);
-    }
+    const int64_t heads = heads_at_a_time(p, task);
     const int64_t parts = (p.num_kv_heads + heads - 1) / heads;
     for (int64_t i = 0; i < parts; ++i) {
       const auto begin = static_cast<int32_t>(i * p.num_kv_heads / parts), end = static_cast<int32_t>((i + 1) * p.num_kv_heads / parts);

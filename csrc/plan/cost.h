@@ -40,6 +40,8 @@ constexpr int64_t kThinRows = 32;
 // cost at least.
 constexpr double kUnits = 16, kMinUnitCost = 50e3;
 constexpr int64_t kMinThinKeys = 192;
+// Items of few rows get tasks of their own when they are at least this part of the cost.
+constexpr double kWorthSeparating = 0.05;
 // Items are cut between tiles of the kernel: at multiples of this many keys.
 constexpr int32_t kKeyStep = 48;
 // Partial states may always take this much memory, however few queries there are.

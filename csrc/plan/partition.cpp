@@ -17,6 +17,7 @@ struct Block {
   int32_t item_begin, item_end, query_begin, query_end;
   int64_t keys;
   double cost, thin_cost;  // thin: of items with few rows
+  int64_t parts = 1;       // tasks to cut it into
 };
 
 // A place in the list of items: the first `key` keys of `item` lie before it.
@@ -31,15 +32,15 @@ struct Range {
 class Partitioner {
  public:
   Partitioner(const Draft& draft, const CostModel& model, const Heads& heads, Plan& plan)
-      : draft_(draft), model_(model), heads_(heads), plan_(plan) {}
+      : draft_(draft), items_(draft.item), model_(model), heads_(heads), plan_(plan) {}
 
   void run() {
     total_cost_ = 0;
-    for (const DraftItem& item : draft_.item) total_cost_ += item.cost;
+    for (const DraftItem& item : items_) total_cost_ += item.cost;
     unit_cost_ = std::max(kMinUnitCost, total_cost_ * kv_heads() / kUnits);
     const double num_queries = static_cast<double>(draft_.pos.size());
     const double row_bytes = static_cast<double>(heads_.num_q_heads * (heads_.head_dim + 1) * 4);
-    partial_limit_ = std::max(2 * num_queries, std::floor(kFreePartialBytes / row_bytes));
+    partial_limit_ = 2 * num_queries + std::floor(kFreePartialBytes / row_bytes);
     find_blocks();
     for (const Block& block : blocks_) add_tasks(block);
     list_merges();
@@ -48,22 +49,23 @@ class Partitioner {
  private:
   double kv_heads() const { return static_cast<double>(heads_.num_kv_heads); }
   int64_t rows(int64_t queries) const { return queries * model_.group(); }
+  bool is_thin(const DraftItem& item) const { return rows(item.query_end - item.query_begin) <= kThinRows; }
 
   // Items sorted by their first query: a block ends where no earlier item reaches the next item's queries.
   // Neighbouring blocks join while they are too small to be worth a task each.
   void find_blocks() {
     blocks_.clear();
     const int64_t limit = max_task_queries(heads_);
-    const int32_t count = static_cast<int32_t>(draft_.item.size());
+    const int32_t count = static_cast<int32_t>(items_.size());
     for (int32_t i = 0; i < count;) {
-      Block b{i, i, draft_.item[i].query_begin, draft_.item[i].query_end, 0, 0, 0};
-      for (; i < count && (b.item_end == b.item_begin || draft_.item[i].query_begin < b.query_end); ++i) {
-        const DraftItem& item = draft_.item[i];
+      Block b{i, i, items_[i].query_begin, items_[i].query_end, 0, 0, 0};
+      for (; i < count && (b.item_end == b.item_begin || items_[i].query_begin < b.query_end); ++i) {
+        const DraftItem& item = items_[i];
         b.item_end = i + 1;
         b.query_end = std::max(b.query_end, item.query_end);
         b.keys += item.keys;
         b.cost += item.cost;
-        if (rows(item.query_end - item.query_begin) <= kThinRows) b.thin_cost += item.cost;
+        if (is_thin(item)) b.thin_cost += item.cost;
       }
       if (!blocks_.empty()) {
         Block& last = blocks_.back();
@@ -83,15 +85,16 @@ class Partitioner {
     }
   }
 
-  // Cuts [begin, end) into `parts` of equal cost. A cut moves to the edge of an item if that is near, because
+  // Cuts the block into `parts` of equal cost, behind the cuts made so far. A cut moves to the edge of an item if that is near, because
   // only cuts inside an item cost anything; else it goes between two of the kernel's tiles of keys.
   void cut_equally(const Block& b, int64_t parts) {
-    cuts_.assign(1, Cut{b.item_begin, 0});
+    const size_t first = cuts_.size();
+    cuts_.push_back(Cut{b.item_begin, 0});
     const double share = b.cost / static_cast<double>(parts);
     double before = 0;
     int64_t k = 1;
     for (int32_t i = b.item_begin; i < b.item_end && k < parts; ++i) {
-      const DraftItem& item = draft_.item[i];
+      const DraftItem& item = items_[i];
       for (; k < parts && static_cast<double>(k) * share < before + item.cost; ++k) {
         const double into = static_cast<double>(k) * share - before, left = item.cost - into;
         Cut cut = into < left ? Cut{i, 0} : Cut{i + 1, 0};
@@ -108,62 +111,116 @@ class Partitioner {
       }
       before += item.cost;
     }
-    if (cuts_.back().item == b.item_end) cuts_.pop_back();
-    cuts_.push_back(Cut{b.item_end, 0});
+    if (cuts_.back().item == b.item_end && cuts_.size() > first + 1) cuts_.pop_back();
+    ends_.insert(ends_.end(), cuts_.begin() + static_cast<std::ptrdiff_t>(first) + 1, cuts_.end());
+    ends_.push_back(Cut{b.item_end, 0});
   }
 
   // Queries that the items between two cuts meet.
   Range part_queries(const Cut& from, const Cut& to) const {
     Range r{INT_MAX, 0};
     for (int32_t i = from.item; i < to.item + (to.key > 0); ++i) {
-      r.begin = std::min(r.begin, draft_.item[i].query_begin);
-      r.end = std::max(r.end, draft_.item[i].query_end);
+      r.begin = std::min(r.begin, items_[i].query_begin);
+      r.end = std::max(r.end, items_[i].query_end);
     }
     return r;
   }
 
-  // Ranges are sorted by their begin: does ranges_[i] share queries with another?
-  bool overlaps(size_t i, int32_t reached) const {
-    return reached > ranges_[i].begin || (i + 1 < ranges_.size() && ranges_[i + 1].begin < ranges_[i].end);
+  // Cuts every piece of a block; ranges_ are the queries of the parts, in order.
+  void cut_pieces(const std::vector<Block>& pieces) {
+    cuts_.clear(), ends_.clear(), ranges_.clear();
+    for (const Block& piece : pieces) cut_equally(piece, piece.parts);
+    for (size_t i = 0; i < cuts_.size(); ++i) ranges_.push_back(part_queries(cuts_[i], ends_[i]));
   }
 
-  int64_t partial_rows() const {
+  // How many parts meet each query of the block.
+  void count_parts(const Block& b) {
+    met_.assign(static_cast<size_t>(b.query_end - b.query_begin), 0);
+    for (const Range& r : ranges_) {
+      for (int32_t j = r.begin; j < r.end; ++j) ++met_[j - b.query_begin];
+    }
+  }
+
+  bool shares_queries(const Block& b, const Range& r) const {
+    for (int32_t j = r.begin; j < r.end; ++j) {
+      if (met_[j - b.query_begin] > 1) return true;
+    }
+    return false;
+  }
+
+  int64_t partial_rows(const Block& b) {
+    count_parts(b);
     int64_t total = 0;
-    int32_t reached = 0;  // by earlier parts
-    for (size_t i = 0; i < ranges_.size(); ++i) {
-      if (overlaps(i, reached)) total += ranges_[i].end - ranges_[i].begin;
-      reached = std::max(reached, ranges_[i].end);
+    for (const Range& r : ranges_) {
+      if (shares_queries(b, r)) total += r.end - r.begin;
     }
     return total;
   }
 
-  void add_tasks(const Block& b) {
+  Block piece(int32_t item_begin, int32_t item_end) const {
+    const Range queries = part_queries(Cut{item_begin, 0}, Cut{item_end, 0});
+    Block b{item_begin, item_end, queries.begin, queries.end, 0, 0, 0};
+    for (int32_t i = item_begin; i < item_end; ++i) {
+      b.keys += items_[i].keys;
+      b.cost += items_[i].cost;
+      if (is_thin(items_[i])) b.thin_cost += items_[i].cost;
+    }
+    return b;
+  }
+
+  int64_t wanted_parts(const Block& b) const {
     const bool thin = 2 * b.thin_cost > b.cost;
-    int64_t parts = static_cast<int64_t>(std::ceil(b.cost * (thin ? kv_heads() : 1.0) / unit_cost_ - 0.05));
-    if (thin) parts = std::min(parts, b.keys / kMinThinKeys);
+    const double parts = std::ceil(b.cost * (thin ? kv_heads() : 1.0) / unit_cost_ - 0.05);
+    return std::max<int64_t>(1, thin ? std::min(static_cast<int64_t>(parts), b.keys / kMinThinKeys)
+                                     : static_cast<int64_t>(parts));
+  }
+
+  // Items of many rows and items of few run differently: the kernel takes the latter several KV heads at a time, which
+  // reads a token-major pool in order. So where both matter they become tasks of their own, which
+  // makes the states of their queries partial.
+  bool worth_separating(const Block& b, double allowed) const {
+    const double thick_cost = b.cost - b.thin_cost;
+    if (std::min(thick_cost, b.thin_cost) * kv_heads() < 2 * kMinUnitCost) return false;
+    if (b.thin_cost < kWorthSeparating * b.cost) return false;
+    return 2.0 * (b.query_end - b.query_begin) <= allowed;
+  }
+
+  void add_tasks(const Block& b) {
     // Partial states are a budget that blocks share by their cost; what one leaves, later ones may use.
     partial_earned_ += partial_limit_ * b.cost / total_cost_;
     const double allowed = std::floor(partial_earned_ + 1e-6) - plan_.num_partials;
-    for (; parts > 1; --parts) {
-      cut_equally(b, parts);
-      ranges_.clear();
-      for (size_t i = 0; i + 1 < cuts_.size(); ++i) ranges_.push_back(part_queries(cuts_[i], cuts_[i + 1]));
-      if (static_cast<double>(partial_rows()) <= allowed) break;
+    std::vector<Block>& pieces = pieces_;
+    pieces.assign(1, b);
+    if (worth_separating(b, allowed)) {
+      const auto first = items_.begin() + b.item_begin, last = items_.begin() + b.item_end;
+      const auto middle = std::stable_partition(first, last, [&](const DraftItem& i) { return !is_thin(i); });
+      const int32_t at = static_cast<int32_t>(middle - items_.begin());
+      pieces = {piece(b.item_begin, at), piece(at, b.item_end)};
     }
-    if (parts <= 1) cuts_ = {Cut{b.item_begin, 0}, Cut{b.item_end, 0}};
+    for (Block& p : pieces) p.parts = wanted_parts(p);
+    for (;;) {
+      cut_pieces(pieces);
+      if (static_cast<double>(partial_rows(b)) <= allowed) break;
+      Block& most = pieces.front().parts > 1 ? pieces.front() : pieces.back();
+      if (most.parts == 1) {  // not even the pieces fit: everything in one task
+        pieces.assign(1, b);
+        cut_pieces(pieces);
+        break;
+      }
+      --most.parts;
+    }
 
     ranges_.clear();
     const size_t first_task = plan_.task.size();
-    for (size_t i = 0; i + 1 < cuts_.size(); ++i) add_part(cuts_[i], cuts_[i + 1]);
-    int32_t reached = 0;
+    for (size_t i = 0; i < cuts_.size(); ++i) add_part(cuts_[i], ends_[i]);
+    count_parts(b);
     for (size_t i = 0; i < ranges_.size(); ++i) {
       const int32_t queries = ranges_[i].end - ranges_[i].begin;
-      if (overlaps(i, reached)) {
+      if (shares_queries(b, ranges_[i])) {
         plan_.task[first_task + i].partial_begin = plan_.num_partials;
         plan_.num_partials += queries;
       }
       plan_.max_task_queries = std::max(plan_.max_task_queries, queries);
-      reached = std::max(reached, ranges_[i].end);
     }
   }
 
@@ -173,7 +230,7 @@ class Partitioner {
     const int32_t item_begin = static_cast<int32_t>(plan_.item.size());
     Range all{INT_MAX, 0};
     for (int32_t i = from.item; i < to.item + (to.key > 0); ++i) {
-      const DraftItem& item = draft_.item[i];
+      const DraftItem& item = items_[i];
       const int32_t key_begin = i == from.item ? from.key : 0, key_end = i == to.item ? to.key : item.keys;
       const Range queries = add_item(item, key_begin, key_end);
       all.begin = std::min(all.begin, queries.begin);
@@ -229,14 +286,15 @@ class Partitioner {
   }
 
   const Draft& draft_;
+  std::vector<DraftItem> items_;  // the draft's, in the order of the plan
   const CostModel& model_;
   const Heads& heads_;
   Plan& plan_;
   double total_cost_ = 0, unit_cost_ = 0, partial_limit_ = 0, partial_earned_ = 0;
-  std::vector<Block> blocks_;
-  std::vector<Cut> cuts_;
+  std::vector<Block> blocks_, pieces_;
+  std::vector<Cut> cuts_, ends_;  // where parts begin and end
   std::vector<Range> ranges_;
-  std::vector<int32_t> fill_;
+  std::vector<int32_t> met_, fill_;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -35,18 +36,18 @@ QueryKind queries_of(const std::string& name) {
 
 template <class Row>
 void copy_rows(const std::vector<Row>& from, int32_t* to) {
-  std::copy_n(reinterpret_cast<const int32_t*>(from.data()), from.size() * (sizeof(Row) / sizeof(int32_t)),
-              to);
+  if (!from.empty()) std::memcpy(to, from.data(), from.size() * sizeof(Row));
 }
 
 // Plans into the given tables and returns true; or, when one of them has too little room, returns false,
 // leaves them as they were and only fills io: [keys read, unique, per sequence, then rows needed: queries,
 // segments, items, tasks, partials].
-Tensor plan_tree(const Tensor& nodes, const Tensor& tree_counts, std::string queries,
+Tensor plan_tree(const Tensor& nodes, const Tensor& tree_counts, const std::string& queries,
                  const std::optional<Tensor>& query_node, const std::optional<Tensor>& query_offset,
-                 int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, std::string split,
-                 int64_t block_len, Tensor counts, Tensor query, Tensor segment, Tensor item, Tensor task,
-                 Tensor merge_ptr, Tensor merge_row, Tensor io) {
+                 int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, const std::string& split,
+                 int64_t block_len, const Tensor& counts, const Tensor& query, const Tensor& segment,
+                 const Tensor& item, const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row,
+                 const Tensor& io) {
   const TreeState tree = tree_state(nodes, tree_counts);
   check(num_kv_heads > 0, "num_kv_heads must be at least 1, got ", num_kv_heads);
   check(num_q_heads > 0 && num_q_heads % num_kv_heads == 0,

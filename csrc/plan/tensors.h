@@ -48,14 +48,12 @@ inline IntArray int_array(const Tensor& t, const char* name) {
   check_cpu(t, name);
   check_dtype(t, name, {ScalarType::Int, ScalarType::Long});
   require(t.dim() == 1 && t.is_contiguous(), name, "one-dimensional and contiguous", shape_text(t));
-  // Even an empty tensor has to differ from one that was not given.
-  static const int64_t nothing = 0;
-  const bool wide = t.scalar_type() == ScalarType::Long;
-  return {t.numel() > 0 ? t.data_ptr() : &nothing, t.numel(), wide};
+  return {t.data_ptr(), t.numel(), t.scalar_type() == ScalarType::Long, true};
 }
 
 inline IntArray int_array(const std::optional<Tensor>& t, const char* name) {
-  return t.has_value() ? int_array(*t, name) : IntArray{nullptr, 0, false};
+  static const int64_t nothing = 0;
+  return t.has_value() ? int_array(*t, name) : IntArray{&nothing, 0, true, false};
 }
 
 inline TreeState tree_state(const Tensor& nodes, const Tensor& counts, const Tensor& arena) {

@@ -122,7 +122,7 @@ int64_t check_tree(const IntArray& parent, const IntArray& length, const IntArra
     }
     check(up < 0 || colour[up] != i, "parent must be free of cycles, got one through node ", up);
   }
-  if (slots.data != nullptr) {
+  if (slots.given) {
     check(slots.size == tokens, "slots must be ", tokens, " long (one entry per token), got ", slots.size);
     for (int64_t i = 0; i < tokens; ++i) {
       check(slots[i] >= 0 && slots[i] <= INT_MAX, "slots must be in [0, ", INT_MAX, "], got ", slots[i],
@@ -137,7 +137,7 @@ void build_tree(const TreeState& t, const IntArray& parent, const IntArray& leng
   std::fill(t.counts, t.counts + kTreeCounts, 0);
   t.num_nodes() = t.num_live() = n;
   t.first_root() = t.last_root() = -1;
-  t.identity() = slots.data == nullptr;
+  t.identity() = !slots.given;
   for (int32_t i = 0; i < n; ++i) clear_node(t, i);
   for (int32_t i = 0; i < n; ++i) {
     t.length[i] = t.capacity[i] = static_cast<int32_t>(length[i]);
@@ -173,11 +173,10 @@ int64_t append_tokens(const TreeState& t, const IntArray& node, const IntArray& 
           t.num_tokens() + added);
   }
   if (t.identity()) {
-    check(slots.data == nullptr, "slots must be None for a tree that was built without slots, got ",
-          slots.size, " slots");
+    check(!slots.given, "slots must be None for a tree that was built without slots, got ", slots.size,
+          " slots");
   } else {
-    check(slots.data != nullptr || added == 0,
-          "slots must be given for a tree that was built with slots, got None");
+    check(slots.given || added == 0, "slots must be given for a tree that was built with slots, got None");
     check(slots.size == added, "slots must be ", added, " long (one entry per new token), got ", slots.size);
     for (int64_t i = 0; i < added; ++i) {
       check(slots[i] >= 0 && slots[i] <= INT_MAX, "slots must be in [0, ", INT_MAX, "], got ", slots[i],

@@ -49,11 +49,12 @@ struct TreeState {
   bool is_leaf(int32_t node) const { return first_child[node] < 0; }
 };
 
-// Integers that came from the user, int32 or int64.
+// Integers that came from the user, int32 or int64. An optional argument that did not come is empty and not
+// `given`.
 struct IntArray {
   const void* data;
   int64_t size;
-  bool wide;
+  bool wide, given;
   int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
@@ -63,7 +64,7 @@ struct IntArray {
 TreeState tree_state(int32_t* nodes, int64_t node_capacity, int32_t* counts, int32_t* slots,
                      int64_t slot_capacity);
 
-// Checks parent, length and slots (data null: identity) before anything is allocated. Returns the number of
+// Checks parent, length and slots (not given: identity) before anything is allocated. Returns the number of
 // tokens.
 int64_t check_tree(const IntArray& parent, const IntArray& length, const IntArray& slots);
 

@@ -35,19 +35,19 @@ std::tuple<Tensor, Tensor, Tensor> tree_build(const Tensor& parent, const Tensor
   return {nodes, counts, arena};
 }
 
-Tensor tree_append(Tensor nodes, Tensor counts, Tensor arena, const Tensor& node, const Tensor& count,
-                   const std::optional<Tensor>& slots) {
+Tensor tree_append(const Tensor& nodes, const Tensor& counts, const Tensor& arena, const Tensor& node,
+                   const Tensor& count, const std::optional<Tensor>& slots) {
   const TreeState tree = tree_state(nodes, counts, arena);
   const IntArray leaves = int_array(node, "nodes"), added = int_array(count, "counts");
   const int64_t need = append_tokens(tree, leaves, added, int_array(slots, "slots"));
   return int64_scalar(counts, need);
 }
 
-Tensor tree_branch(Tensor nodes, Tensor counts, int64_t node, int64_t num_children) {
+Tensor tree_branch(const Tensor& nodes, const Tensor& counts, int64_t node, int64_t num_children) {
   return int64_scalar(counts, branch_node(tree_state(nodes, counts), node, num_children));
 }
 
-Tensor tree_prune(Tensor nodes, Tensor counts, const Tensor& arena, int64_t node) {
+Tensor tree_prune(const Tensor& nodes, const Tensor& counts, const Tensor& arena, int64_t node) {
   std::vector<int32_t> freed;
   prune_node(tree_state(nodes, counts, arena), node, freed);
   return int32_tensor(counts, freed);

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees of tokens: the structure that tree attention, verification and shared-prefix training work on.
 
-A tree (a forest, in general: several roots are a batch) consists of nodes, each a run of tokens. Its tokens are numbered
-depth-first, siblings in the order of their ids; a query at token q sees key k exactly when ``k <= q < subtree_end[k]``.
-The structure lives in int32 tensors on the CPU and is changed in place by operators; nothing here is recursive.
+A tree (a forest, in general: several roots are a batch) consists of nodes, each a run of tokens. Its tokens
+are numbered depth-first, siblings in the order of their ids; a query at token q sees key k exactly when
+``k <= q < subtree_end[k]``. The structure lives in int32 tensors on the CPU and is changed in place by
+operators; nothing here is recursive.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ class Tree:
     Args:
         parent: parents of the nodes, [M] integers; -1 marks a root. Nodes may come in any order.
         num_tokens: tokens of each node, [M] integers, 0 allowed.
-        slots: the KV slot of every token, [N] integers in depth-first order. Default (None): 0 .. N-1, that is, keys and
-            values lie in depth-first order, always; a change to such a tree renumbers them.
+        slots: the KV slot of every token, [N] integers in depth-first order. Default (None): 0 .. N-1, that
+            is, keys and values lie in depth-first order, always; a change to such a tree renumbers them.
 
     Raises:
-        ValueError: a parent is out of range or on a cycle, a length or slot is negative, the tree has no nodes, or the
-            sizes do not match. The message names the argument, what was wanted and what came.
+        ValueError: a parent is out of range or on a cycle, a length or slot is negative, the tree has no
+            nodes, or the sizes do not match. The message names the argument, what was wanted and what came.
 
-    Integers may be sequences or integer tensors, on any device; the tree itself is kept on the CPU. Node ids are positions in
-    ``parent``; new nodes count upwards, and the ids of pruned nodes are never used again.
+    Integers may be sequences or integer tensors, on any device; the tree itself is kept on the CPU. Node ids
+    are positions in ``parent``; new nodes count upwards, and the ids of pruned nodes are never used again.
 
-    Source: DeFT (arXiv 2404.00242), section 3; the depth-first numbering with subtree ends replaces its bit masks.
+    Source: DeFT (arXiv 2404.00242), section 3; depth-first numbers with subtree ends replace its bit masks.
     """
 
     nodes: Tensor  # int32 [10, capacity]: parent, children, siblings, arena range, ... by node id
@@ -81,9 +82,9 @@ class Tree:
         """The token tree that Medusa-style paths of child indices describe, one token per path, below a root.
 
         Args:
-            paths: ``[0]`` is the root's first child, ``[0, 2]`` that child's third, and so on. Every prefix of a path must
-                be there; the order is free. Path i becomes node i + 1 (siblings are ordered by node id, so by their
-                place in this list, not by child index).
+            paths: ``[0]`` is the root's first child, ``[0, 2]`` that child's third, and so on. Every prefix
+                of a path must be there; the order is free. Path i becomes node i + 1 (siblings are ordered by
+                node id, so by their place in this list, not by child index).
             prefix_len: tokens of the root, node 0. Default: 1, the last committed token.
             slots: as in ``Tree``. Default: None.
 
@@ -124,12 +125,13 @@ class Tree:
         Args:
             nodes: ids of distinct leaves, [n].
             counts: new tokens per leaf, [n], 0 allowed.
-            slots: KV slots of the new tokens, leaf after leaf in the order of ``nodes``, [sum(counts)]. Required exactly
-                when the tree was built with slots; otherwise tokens behind the new ones move to higher numbers.
+            slots: KV slots of the new tokens, leaf after leaf in the order of ``nodes``, [sum(counts)].
+                Required exactly when the tree was built with slots; otherwise tokens behind the new ones move
+                to higher numbers.
 
         Raises:
-            ValueError: a node is pruned, no leaf or named twice, or slots are missing, superfluous or too many or few. The
-                tree is unchanged then.
+            ValueError: a node is pruned, no leaf or named twice, or slots are missing, superfluous or too
+                many or few. The tree is unchanged then.
         """
         node, count = _integers("nodes", nodes), _integers("counts", counts)
         slot = None if slots is None else _integers("slots", slots)
@@ -153,17 +155,18 @@ class Tree:
         return self._branch(node, num_children)
 
     def add_roots(self, count: int) -> Tensor:
-        """Adds roots without tokens to the forest: new sequences of a batch. Returns their ids, int32 [count]."""
+        """Adds roots without tokens: new sequences of a batch. Returns their ids, int32 [count]."""
         return self._branch(-1, count)
 
     def prune(self, node: int) -> Tensor:
         """Removes the subtree of ``node``, and every ancestor that is left without leaves.
 
-        O(nodes and tokens removed); for a tree without slots also the nodes before them. The last root may go, too: the
-        tree is then empty, and only ``add_roots`` brings it back.
+        O(nodes and tokens removed); for a tree without slots also the nodes before them. The last root may
+        go, too: the tree is then empty, and only ``add_roots`` brings it back.
 
         Returns:
-            The KV slots set free, int32, in depth-first order (for a tree without slots: the tokens' numbers before the call).
+            The KV slots set free, int32, in depth-first order (for a tree without slots: the tokens' numbers
+            before the call).
 
         Raises:
             ValueError: the node is unknown or already pruned.
@@ -234,7 +237,7 @@ class Tree:
 
     @property
     def redundancy(self) -> float:
-        """How often per-sequence attention reads a token: sum of the leaves' path lengths / number of tokens (1.0 if none)."""
+        """Sum of the leaves' path lengths / number of tokens: what sharing saves; 1.0 without tokens."""
         tokens = self.num_tokens
         layout = self._layout()
         return int(layout.path_length[layout.leaves].sum(dtype=torch.int64)) / tokens if tokens else 1.0
@@ -246,7 +249,7 @@ class Tree:
         return slots
 
     def path_slots(self, node: int) -> Tensor:
-        """KV slots of the tokens from the root down to the last token of ``node``, int32 [path_length(node)]."""
+        """KV slots from the root down to the last token of ``node``, int32 [path_length(node)]."""
         node = self._live(node)
         slots: Tensor = _library.call(_ops.tree_slots.default, self.nodes, self.counts, self.arena, node)
         return slots
@@ -345,7 +348,8 @@ def _integers(name: str, values: Any) -> Tensor:
         raise ValueError(f"{name} must be one-dimensional, got {list(values.shape)}")
     if values.dtype not in (torch.int32, torch.int64):
         values = values.to(torch.int64)
-    return values.cpu().contiguous()
+    vector: Tensor = values.cpu().contiguous()
+    return vector
 
 
 # ---- fakes. Sizes that depend on the tree's content are unknown while tracing.
@@ -357,12 +361,9 @@ def _tree_build_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     nodes = parent.shape[0]
     arena = torch.library.get_ctx().new_dynamic_size()
-    kind = {"dtype": torch.int32}
-    return (
-        parent.new_empty((10, nodes + nodes // 2 + 16), **kind),
-        parent.new_empty((8,), **kind),
-        parent.new_empty((arena,), **kind),
-    )
+    sizes = ((10, nodes + nodes // 2 + 16), (8,), (arena,))
+    table, counts, slots = (parent.new_empty(size, dtype=torch.int32) for size in sizes)
+    return table, counts, slots
 
 
 @torch.library.register_fake("palmette::tree_append")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of tree attention: which queries meet which keys of a tree, in which order, as tensors that a kernel follows."""
+"""Plans of tree attention: which queries meet which keys of a tree, as tensors that a kernel follows."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ NUM_QUERIES, NUM_SEGMENTS, NUM_ITEMS, NUM_TASKS, NUM_PARTIALS, TREE_VERSION = 0,
 
 @dataclass(frozen=True)
 class TreeAttentionIO:
-    """What a plan moves, in KV tokens per KV head (arXiv 2404.00242, section 4.1; see docs/tree_attention.md).
+    """What a plan moves, in KV tokens per KV head, as DeFT (arXiv 2404.00242) counts them.
 
     Attributes:
-        kv_tokens_read: keys summed over the items of all tasks: real passes. A key that two tiles of queries read counts twice.
+        kv_tokens_read: keys summed over the items of all tasks: real passes. A key that two tiles of queries
+            read counts twice.
         kv_tokens_unique: keys that at least one query sees, each once.
-        kv_tokens_per_sequence: keys that each query sees, summed over queries: what per-sequence attention reads.
-        partial_states: rows (out, lse) per query head that tasks write for the merge; 0 when every output is written directly.
+        kv_tokens_per_sequence: keys that each query sees, summed over queries: what per-sequence attention
+            reads.
+        partial_states: rows (out, lse) per query head that tasks write for the merge; 0 when every output is
+            written directly.
     """
 
     kv_tokens_read: int
@@ -54,9 +57,10 @@ class TreeAttentionIO:
 
 
 class TreeAttentionPlan:
-    """The plan of ``plan_tree_attention``: int32 tensors on the CPU with spare capacity, reused by ``update``.
+    """What ``plan_tree_attention`` returns: int32 tensors on the CPU with room to grow.
 
-    Queries are sorted by position; "query j" is the j-th in that order. docs/design.md, "A plan", describes the tables.
+    Queries are sorted by position; "query j" is the j-th in that order. docs/design.md, "A plan", describes
+    the tables.
 
     Attributes:
         tree: the tree planned for.
@@ -64,7 +68,8 @@ class TreeAttentionPlan:
         query: [4, *]; row of q, position, tokens above on the path, 0.
         segment: [*, 6]; runs of keys: begin in ``slots``, length, lo, step, hi, depth.
         item: [*, 4]; segments [begin, end) meet queries [begin, end).
-        task: [*, 6]; items [begin, end), queries [begin, end), first partial state (-1: writes the output), KV head (-1: all).
+        task: [*, 6]; items [begin, end), queries [begin, end), first partial state (-1: writes the output),
+            KV head (-1: all).
         merge_ptr, merge_row: [*]; partial states of query j are merge_row[merge_ptr[j] : merge_ptr[j + 1]].
         slots: [*]; KV slots, shared with the tree.
     """
@@ -92,13 +97,13 @@ class TreeAttentionPlan:
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.split, self.block_len = split, block_len
         self._queries = queries if isinstance(queries, str) else "explicit"
-        self._node, self._offset = (None, None) if isinstance(queries, str) else queries
-        int32 = {"dtype": torch.int32}
-        self.counts = torch.zeros(16, **int32)
-        self.query = torch.zeros((4, 0), **int32)
-        self.segment, self.item = torch.zeros((0, 6), **int32), torch.zeros((0, 4), **int32)
-        self.task = torch.zeros((0, 6), **int32)
-        self.merge_ptr, self.merge_row = torch.zeros(0, **int32), torch.zeros(0, **int32)
+        self._node: Tensor | None = None if isinstance(queries, str) else queries[0]
+        self._offset: Tensor | None = None if isinstance(queries, str) else queries[1]
+        self.counts = torch.zeros(16, dtype=torch.int32)
+        self.query, self.segment, self.item, self.task = (
+            torch.zeros(shape, dtype=torch.int32) for shape in ((4, 0), (0, 6), (0, 4), (0, 6))
+        )
+        self.merge_ptr, self.merge_row = (torch.zeros(0, dtype=torch.int32) for _ in range(2))
         self._io = torch.zeros(8, dtype=torch.int64)
         self._version = self.counts[TREE_VERSION]  # a view
         self._plan()
@@ -106,24 +111,24 @@ class TreeAttentionPlan:
     def update(self) -> None:
         """Plans again after the tree has changed, into the same tensors unless they must grow.
 
-        O(live nodes) plus the size of the plan, never O(tokens) (apart from the queries of a "tokens" plan themselves). Rows of
-        q then belong to the leaves or tokens that the tree has now.
+        O(live nodes) plus the size of the plan, never O(tokens) (apart from the queries of a "tokens" plan
+        themselves). Rows of q then belong to the leaves or tokens that the tree has now.
 
         Raises:
             ValueError: the plan was made for explicit queries, or a leaf has no token on its path.
         """
         if self._queries == "explicit":
             raise ValueError(
-                "queries must be 'leaves' or 'tokens' for a plan that is updated, got a pair (node, offset): make a new plan"
+                "queries must be 'leaves' or 'tokens' for a plan that is updated, got a pair (node, offset)"
             )
         self._plan()
 
     def check_fresh(self) -> None:
-        """Raises ValueError when the tree has changed since the plan was made or updated. Not for compiled regions."""
+        """Raises ValueError when the tree has changed since the last ``update``. Not for compiled regions."""
         if int(self._version) != int(self.tree._version):
             raise ValueError(
-                f"plan must be of its tree's version {int(self.tree._version)}, got one of version {int(self._version)}: "
-                "call plan.update() after the tree has changed"
+                f"plan must be of its tree's version {int(self.tree._version)}, "
+                f"got one of version {int(self._version)}: call plan.update() after the tree has changed"
             )
 
     @property
@@ -168,8 +173,8 @@ class TreeAttentionPlan:
     def __repr__(self) -> str:
         queries, _, items, tasks, partials = self.counts[:5].tolist()
         return (
-            f"TreeAttentionPlan({self.split}: {queries} queries, {items} items, {tasks} tasks, {partials} partial "
-            f"states, {int(self._io[0])} KV tokens read)"
+            f"TreeAttentionPlan({self.split}: {queries} queries, {items} items, {tasks} tasks, "
+            f"{partials} partial states, {int(self._io[0])} KV tokens read)"
         )
 
     def _plan(self) -> None:
@@ -202,7 +207,8 @@ class TreeAttentionPlan:
 
     def _grow(self) -> None:
         queries, segments, items, tasks, partials = self._io[3:].tolist()
-        # Partial states come and go with the shape of the tree: their bound is known, so they never grow again for that.
+        # Partial states come and go with the shape of the tree: their bound is known, so they never grow
+        # again for that.
         partials = max(partials, 2 * queries)
         self.query = _room(self.query, 1, queries)
         self.merge_ptr = _room(self.merge_ptr, 0, queries + 1)
@@ -224,21 +230,22 @@ def plan_tree_attention(
 ) -> TreeAttentionPlan:
     """Plans attention of queries in a tree to the keys on their paths.
 
-    The query at token q sees key k exactly when ``k <= q < tree.subtree_end[k]``. A plan depends on the tree, the heads and the
-    options alone, not on threads or values; it is valid for any layer of a model.
+    The query at token q sees key k exactly when ``k <= q < tree.subtree_end[k]``. A plan depends on the tree,
+    the heads and the options alone, not on threads or values; it is valid for any layer of a model.
 
     Args:
         tree: the tree (or forest).
-        queries: ``"leaves"``: one per leaf, depth-first, at the last token of its path. ``"tokens"``: every token, depth-first.
-            Or a pair (node [Nq], offset [Nq]): token ``offset[i]`` of node ``node[i]``, in any order, repeated or not; such a
-            plan cannot be updated. Default: ``"leaves"``.
+        queries: ``"leaves"``: one per leaf, depth-first, at the last token of its path. ``"tokens"``: every
+            token, depth-first. Or a pair (node [Nq], offset [Nq]): token ``offset[i]`` of node ``node[i]``,
+            in any order, repeated or not; such a plan cannot be updated. Default: ``"leaves"``.
         num_q_heads, num_kv_heads: heads of q and of k and v; num_q_heads is a multiple of num_kv_heads.
         head_dim: of q and k.
-        split: how keys are grouped. ``"node"``: every node by itself; ``"node_chunk"``: nodes cut every block_len;
-            ``"flatten"``: the tokens of the tree, depth-first, cut every block_len across nodes; ``"sequence"``: every query
-            reads its whole path; ``"auto"``: what a cost model (csrc/plan/cost.h) finds cheapest. Results do not depend on it,
-            up to rounding. Default: ``"auto"``.
-        block_len: tokens of a block, for ``"flatten"`` and ``"node_chunk"``; the other splits do not use it. Default: 192.
+        split: how keys are grouped. ``"node"``: every node by itself; ``"node_chunk"``: nodes cut every
+            block_len; ``"flatten"``: the tokens of the tree, depth-first, cut every block_len across nodes;
+            ``"sequence"``: every query reads its whole path; ``"auto"``: what a cost model (csrc/plan/cost.h)
+            finds cheapest. Results do not depend on it, up to rounding. Default: ``"auto"``.
+        block_len: tokens of a block, for ``"flatten"`` and ``"node_chunk"``; the other splits do not use it.
+            Default: 192.
 
     Returns:
         A plan for ``tree_attention``. After a change of the tree, ``plan.update()`` makes it valid again.
@@ -279,7 +286,7 @@ def plan_tree_attention(
 
 
 def _room(table: Tensor, dim: int, needed: int) -> Tensor:
-    """A table with room for ``needed`` rows and half as many again, or the same one if it has room. Contents are not kept."""
+    """The table if it has room for ``needed`` rows, else a new, empty one with half as many again."""
     if table.shape[dim] >= needed:
         return table
     shape = list(table.shape)

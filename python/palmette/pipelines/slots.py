@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 class SlotPool:
     """Hands out the slots of a KV pool in pages; a page belongs to one node, so its tokens lie together.
 
-    The lowest free page goes first: what is recycled is used again before the pool grows, and a prompt in a fresh
-    pool is contiguous.
+    The lowest free page goes first: what is recycled is used again before the pool grows, and a prompt in a
+    fresh pool is contiguous.
 
     Args:
         page_size: Slots per page.
@@ -44,7 +44,8 @@ class SlotPool:
     def allocate(self, wanted: Sequence[tuple[Sequence[int], int]]) -> list[list[int]]:
         """Slots for (held slots, count) of several nodes: the rest of each one's last page, then new pages.
 
-        The pool grows to at least twice its size where it must; its owner then grows the KV pool to ``num_slots``.
+        The pool grows to at least twice its size where it must; its owner then grows the KV pool to
+        ``num_slots``.
 
         Raises:
             RuntimeError: ``max_slots`` is used up; nothing was allocated.
@@ -53,7 +54,9 @@ class SlotPool:
         for held, count in wanted:
             rest = -(held[-1] + 1) % self.page_size if held else 0
             slots.append([held[-1] + 1 + i for i in range(min(rest, count))])
-        pages = [-(-(count - len(part)) // self.page_size) for (_, count), part in zip(wanted, slots, strict=True)]
+        pages = [
+            -(-(count - len(part)) // self.page_size) for (_, count), part in zip(wanted, slots, strict=True)
+        ]
         if sum(pages) > len(self._free):
             self._grow(sum(pages) - len(self._free))
         for (_, count), part, new in zip(wanted, slots, pages, strict=True):

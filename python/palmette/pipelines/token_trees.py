@@ -14,8 +14,9 @@ Paths = Sequence[Sequence[int]]
 def medusa_paths(num_nodes: int = 63, *, branching: int = 10, depth_decay: float = 0.6) -> list[list[int]]:
     """A token tree of the likeliest candidates, as Medusa (arXiv 2401.10774, section 2.1.2) picks its own.
 
-    The chance that a node is right is taken as the product along its path of ``depth_decay ** depth * 0.5 ** (rank + 1)``
-    (rank among its siblings, depth of its parent); the ``num_nodes`` likeliest nodes form the tree.
+    The chance that a node is right is taken as the product along its path of ``depth_decay ** depth * 0.5 **
+    (rank + 1)`` (rank among its siblings, depth of its parent); the ``num_nodes`` likeliest nodes form the
+    tree.
 
     Args:
         num_nodes: Nodes below the root.
@@ -81,8 +82,9 @@ class TokenTree:
 class TokenRecycling:
     """A draft without a model: the likeliest successors of every token, as last seen in the target's own logits.
 
-    Token Recycling (arXiv 2408.08696): verification computes logits for all candidates, the rejected ones too; the
-    top candidates after each token are kept in a table and drafted from the next time that token comes up.
+    Token Recycling (arXiv 2408.08696): verification computes logits for all candidates, the rejected ones
+    too; the top candidates after each token are kept in a table and drafted from the next time that token
+    comes up.
 
     Args:
         vocab_size: Rows of the table.

@@ -1,110 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding a tree of token sequences with a Hugging Face model: every leaf in one forward, every shared token once.
 
-The system of DeFT (arXiv 2404.00242): branches share the KV cache of their common path, one tree attention per layer
-serves all leaves. ``search`` builds few-shot, best-of-n, beam search and tree-of-thought on it.
+The system of DeFT (arXiv 2404.00242): branches share the KV cache of their common path, one tree attention
+per layer serves all leaves. ``search`` builds few-shot, best-of-n, beam search and tree-of-thought on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .decoded_tree import DecodedTree
+from .records import Node, Step, TreeBatch, Verified
 from .sampling import check_sampling, choose_tokens, probabilities, token_logprobs
-from .slots import SlotPool
 from .token_trees import Paths, TokenTree
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one ``TreeDecoder.step`` chose.
-
-    Attributes:
-        nodes: The leaves that were decoded, depth-first.
-        tokens: Each leaf's new token.
-        logprobs: Its log-probability under the model (temperature 1).
-    """
-
-    nodes: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One path of the tree, from below the prompt to a leaf.
-
-    Attributes:
-        node: The leaf at its end.
-        tokens: Its tokens below the prompt (with the prompt, where asked for), an end token included.
-        score: Sum of the log-probabilities of the generated tokens.
-        finished: Whether it ended with an end token.
-    """
-
-    node: int
-    tokens: list[int]
-    score: float
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Verified:
-    """One leaf's outcome of ``TreeDecoder.verify_step``.
-
-    Attributes:
-        node: The leaf.
-        tokens: Tokens that were committed: the pending one, then the accepted drafts.
-        num_accepted: How many drafts were accepted.
-    """
-
-    node: int
-    tokens: list[int]
-    num_accepted: int
-
-
-@dataclass
-class Node:
-    """What the decoder knows of a node of its tree."""
-
-    parent: int
-    start: int  # tokens above it on its path
-    tokens: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    children: list[int] = field(default_factory=list)
-    score: float = 0.0  # of its own tokens
-    num_prompt: int = 0  # its first tokens, that are the prompt
-    finished: bool = False
-    logits: torch.Tensor | None = None  # [vocab] after its last token
-    pending: tuple[int, float] | None = None  # next token and its log-probability, chosen but not decoded
-
-
-@dataclass(frozen=True)
-class TreeBatch:
-    """The tokens of one forward.
-
-    Attributes:
-        tree: The ``palmette.Tree`` that they attend along.
-        queries: Which of its tokens they are, as ``palmette.plan_tree_attention`` takes it.
-        nodes: The decoder's node of every token; for drafts the leaf that they continue.
-        draft_parents: For drafts, the batch index of each token's parent, -1 below the leaf; else None.
-        tokens, positions, slots: int64 [n].
-        keep: int64 [rows], tokens whose logits are wanted.
-    """
-
-    tree: Any
-    queries: str | tuple[torch.Tensor, torch.Tensor]
-    nodes: list[int]
-    draft_parents: list[int] | None
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    keep: torch.Tensor
-
-
-class TreeDecoder:
+class TreeDecoder(DecodedTree):
     """Decodes a tree of sequences with a Hugging Face causal language model.
 
     Args:
@@ -113,7 +27,8 @@ class TreeDecoder:
         dtype: The KV pool's dtype (default: the model's). Queries are converted to it, outputs back.
         max_slots: Tokens that the KV pool may hold (default: it grows as needed).
         page_size: Slots per page of the KV pool; a page belongs to one node.
-        eos_token_id: Token or tokens that end a sequence. ``"model"`` (default) takes the model's; None: nothing ends.
+        eos_token_id: Token or tokens that end a sequence. ``"model"`` (default) takes the model's; None:
+            nothing ends.
         prefill_chunk: Tokens per forward when a prompt is read.
         split: How plans split the keys, see ``palmette.plan_tree_attention``.
 
@@ -137,114 +52,37 @@ class TreeDecoder:
 
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be positive, got {prefill_chunk}")
+        self.config = model.config.get_text_config()
+        super().__init__(
+            page_size=page_size,
+            max_slots=max_slots,
+            max_length=getattr(self.config, "max_position_embeddings", None),
+            eos_token_ids=_eos_token_ids(model, eos_token_id),
+        )
         register()
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model
-        self.config = model.config.get_text_config()
         self.num_q_heads = int(self.config.num_attention_heads)
         self.num_kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.num_q_heads)
-        self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_q_heads)
-        self.eos_token_ids = _eos_token_ids(model, eos_token_id)
+        self.head_dim = int(
+            getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_q_heads
+        )
         self.prefill_chunk = prefill_chunk
         self.split = split
-        self._pool = SlotPool(page_size, 1024, max_slots)
-        self.cache = PagedCache(model.config, self._pool.num_slots, dtype=dtype or model.dtype, device=model.device)
-        self._nodes: dict[int, Node] = {}
-        self._tree: Any = None
+        self.cache = PagedCache(
+            model.config, self._pool.num_slots, dtype=dtype or model.dtype, device=model.device
+        )
         self._leaf_plan: Any = None
-        self._last: tuple[list[int], torch.Tensor] = ([], torch.empty(0))
-
-    # ---- reading the tree
-
-    @property
-    def tree(self) -> Any:
-        """The ``palmette.Tree`` of all tokens in the KV pool. Change it through the decoder only."""
-        if self._tree is None:
-            raise ValueError("prefill must come first, got a decoder without a prompt")
-        return self._tree
 
     @property
     def plan(self) -> Any:
         """The plan of the last step in which all leaves were decoded; None before it."""
         return self._leaf_plan
 
-    @property
-    def leaves(self) -> list[int]:
-        """Ids of all leaves, depth-first; none without a prompt, or when all were pruned."""
-        if self._tree is None:
-            return []
-        leaves: list[int] = torch.as_tensor(self.tree.leaves).tolist()
-        return leaves
-
-    @property
-    def active(self) -> list[int]:
-        """Ids of the leaves that no end token has finished, depth-first."""
-        return [node for node in self.leaves if not self._nodes[node].finished]
-
-    def node(self, node: int) -> Node:
-        """The record of a live node, for reading.
-
-        Raises:
-            ValueError: There is no such node, or it was pruned.
-        """
-        if node not in self._nodes:
-            raise ValueError(f"node must be a live node of the tree, got {node}")
-        return self._nodes[node]
-
-    def path(self, node: int) -> list[int]:
-        """Ids from the root to ``node``."""
-        self.node(node)
-        path = []
-        while node >= 0:
-            path.append(node)
-            node = self._nodes[node].parent
-        return path[::-1]
-
-    def score(self, node: int) -> float:
-        """Sum of the log-probabilities of all generated tokens on the path to ``node``; given tokens count nothing."""
-        return sum(self._nodes[n].score for n in self.path(node))
-
-    def sequence(self, node: int, *, include_prompt: bool = False) -> Completion:
-        """The tokens from the root to the end of ``node``, without the prompt unless asked for."""
-        path = [self._nodes[n] for n in self.path(node)]
-        tokens = [token for n in path for token in n.tokens[0 if include_prompt else n.num_prompt :]]
-        return Completion(node, tokens, self.score(node), path[-1].finished)
-
-    def sequences(self, *, include_prompt: bool = False) -> list[Completion]:
-        """The sequences of all leaves, depth-first."""
-        return [self.sequence(node, include_prompt=include_prompt) for node in self.leaves]
-
-    def logits(self, nodes: Sequence[int]) -> torch.Tensor:
-        """Logits [nodes, vocab] of the token that follows each node.
-
-        Raises:
-            ValueError: A node has none: it is finished or waits for its first token.
-        """
-        last_nodes, last = self._last
-        if list(nodes) == last_nodes:
-            return last
-        rows = []
-        for node in nodes:
-            logits = self.node(node).logits
-            if logits is None:
-                raise ValueError(f"node must be one whose last token was decoded, got {node}")
-            rows.append(logits)
-        return torch.stack(rows)
-
-    def likeliest(self, node: int, count: int) -> list[int]:
-        """The ``count`` likeliest tokens after ``node``, best first."""
-        tokens: list[int] = self.logits([node])[0].topk(count).indices.tolist()
-        return tokens
-
-    # ---- growing and cutting the tree
-
     def reset(self) -> None:
         """Forget every sequence; the KV pool keeps its memory."""
-        for node in self._nodes.values():
-            self._pool.release(node.slots)
-        self._nodes.clear()
-        self._tree = self._leaf_plan = None
-        self._last = ([], torch.empty(0))
+        super().reset()
+        self._leaf_plan = None
 
     def prefill(
         self,
@@ -256,8 +94,8 @@ class TreeDecoder:
 
         Args:
             prompt: Token ids, or a list of lists of them.
-            on_logits: Called per chunk with (tokens [n], logits [n, vocab]); without it, only the last token's logits
-                are computed.
+            on_logits: Called per chunk with (tokens [n], logits [n, vocab]); without it, only the last
+                token's logits are computed.
 
         Returns:
             The roots' ids.
@@ -302,60 +140,10 @@ class TreeDecoder:
                 raise ValueError(f"tokens must hold at least one token for every node, got none for {node}")
         if tokens:
             counts = {node: len(given) for node, given in tokens.items()}
-            self._append({node: [int(t) for t in given] for node, given in tokens.items()}, self._reserve(counts))
+            self._append(
+                {node: [int(t) for t in given] for node, given in tokens.items()}, self._reserve(counts)
+            )
             self._decode(counts)
-
-    def fork(self, node: int, branches: int | Sequence[int]) -> list[int]:
-        """Branch a node into children that share its path.
-
-        Args:
-            node: A node whose next token's logits are known: a leaf, or an inner node.
-            branches: How many children; or the first token of each, decoded by the next step.
-
-        Returns:
-            The children's ids.
-
-        Raises:
-            ValueError: The node is finished, waits for its first token, or ``branches`` is empty.
-        """
-        parent = self.node(node)
-        tokens = None if isinstance(branches, int) else [int(t) for t in branches]
-        count = branches if isinstance(branches, int) else len(branches)
-        if count < 1:
-            raise ValueError(f"branches must be at least 1, got {count}")
-        if parent.finished or parent.pending is not None or parent.logits is None:
-            raise ValueError(f"node must be unfinished and decoded to its end to be forked, got {node}")
-        children = [int(child) for child in self.tree.branch(node, count)]
-        parent.logits = parent.logits.clone()  # a row of its own: a view would keep the whole step's logits alive
-        logprobs = [0.0] * count
-        if tokens is not None:
-            logprobs = token_logprobs(parent.logits.expand(count, -1), torch.tensor(tokens)).tolist()
-        for index, child in enumerate(children):
-            self._nodes[child] = record = Node(node, parent.start + len(parent.tokens), logits=parent.logits)
-            if tokens is not None:
-                record.pending, record.logits = (tokens[index], logprobs[index]), None
-        parent.children.extend(children)
-        return children
-
-    def prune(self, node: int) -> list[int]:
-        """Remove a node, all below it, and every ancestor that is left without leaves; their slots are used again.
-
-        Returns:
-            Ids of the removed nodes.
-        """
-        top = self.path(node)
-        while len(top) > 1 and len(self._nodes[top[-2]].children) == 1:
-            top.pop()
-        removed, stack = [], [top[-1]]
-        while stack:
-            removed.append(stack.pop())
-            stack.extend(self._nodes[removed[-1]].children)
-        self.tree.prune(node)
-        if len(top) > 1:
-            self._nodes[top[-2]].children.remove(top[-1])
-        for gone in removed:
-            self._pool.release(self._nodes.pop(gone).slots)
-        return removed
 
     def step(
         self,
@@ -368,8 +156,8 @@ class TreeDecoder:
     ) -> Step:
         """Append one token to each leaf and decode all of them in one forward.
 
-        A leaf that was forked with a token takes that one. A leaf whose token ends its sequence is finished: the token
-        is recorded, not decoded, and the leaf takes no part in later steps.
+        A leaf that was forked with a token takes that one. A leaf whose token ends its sequence is finished:
+        the token is recorded, not decoded, and the leaf takes no part in later steps.
 
         Args:
             nodes: The leaves to decode (default: all that are active), in any order.
@@ -426,19 +214,6 @@ class TreeDecoder:
                 self._nodes[node].pending = (token, logprob)
         return [pending[0] for node in nodes if (pending := self._nodes[node].pending) is not None]
 
-    def force(self, tokens: Mapping[int, int]) -> None:
-        """Give leaves their next token, as if it had been chosen: it counts in their scores.
-
-        Raises:
-            ValueError: A node is no leaf, is finished, or has a pending token.
-        """
-        for node, token in tokens.items():
-            self._check_leaf(node)
-            if self._nodes[node].pending is not None:
-                raise ValueError(f"node must have no pending token, got {node}: call step() first")
-            logprob = token_logprobs(self.logits([node]), torch.tensor([token]))
-            self._nodes[node].pending = (token, float(logprob))
-
     def verify_step(
         self,
         paths: Paths | TokenTree,
@@ -453,16 +228,17 @@ class TreeDecoder:
     ) -> list[Verified]:
         """Verify a token tree below the pending token of each leaf, and commit what the model agrees with.
 
-        The committed tokens are what ``step`` would have chosen: the same ones when greedy, the same distribution when
-        sampling. ``choose`` tells the pending token that drafts must continue.
+        The committed tokens are what ``step`` would have chosen: the same ones when greedy, the same
+        distribution when sampling. ``choose`` tells the pending token that drafts must continue.
 
         Args:
             paths: The token tree, Medusa-style paths of child indices (or a ``TokenTree`` made of them once).
-            draft_tokens: int64 [leaves, len(paths)] (one leaf: [len(paths)] too), the token at the end of every path.
+            draft_tokens: int64 [leaves, len(paths)] (one leaf: [len(paths)] too), the token at the end of
+                every path.
             nodes: The leaves (default: all that are active), in any order.
             temperature, top_k, top_p, generator: See ``step``.
-            on_logits: Called with the model's logits [leaves * (1 + len(paths)), vocab]: per leaf those after its pending
-                token, then those after each draft, depth-first (``TokenTree.order``).
+            on_logits: Called with the model's logits [leaves * (1 + len(paths)), vocab]: per leaf those after
+                its pending token, then those after each draft, depth-first (``TokenTree.order``).
 
         Raises:
             ValueError: ``draft_tokens`` has another shape, a node is no leaf or is finished.
@@ -527,7 +303,9 @@ class TreeDecoder:
     def _check_length(self, length: int) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and length > limit:
-            raise ValueError(f"sequences must be at most {limit} tokens (max_position_embeddings), got {length}")
+            raise ValueError(
+                f"sequences must be at most {limit} tokens (max_position_embeddings), got {length}"
+            )
 
     def _take_pending(self, nodes: Sequence[int]) -> tuple[list[int], list[float]]:
         """Record the pending tokens of ``nodes``: their scores, and an end token, which ends its sequence."""
@@ -630,6 +408,9 @@ class TreeDecoder:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _grow_cache(self, num_slots: int) -> None:
+        self.cache.reserve(num_slots)
 
     def _compact(self, node: int, source: Sequence[int], target: Sequence[int]) -> None:
         """Move tokens of ``node`` in every layer's pool from slots to slots."""

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .records import TreeBatch, Verified
 from .sampling import token_logprobs
 from .token_trees import TokenTree
 
 if TYPE_CHECKING:
-    from .tree_decoding import TreeBatch, TreeDecoder, Verified
+    from .tree_decoding import TreeDecoder
 
 
 def verify_leaves(
@@ -37,13 +38,11 @@ def verify_leaves(
     """
     from palmette import verify_greedy, verify_sample
 
-    from .tree_decoding import Verified
-
     size = 1 + len(drafts)
     open_rows = [row for row, leaf in enumerate(leaves) if not decoder._is_at_end(leaf)]
     open_leaves = [leaves[row] for row in open_rows]
     # slots that continue each leaf's own, so that what is accepted ends up right behind them
-    slots = decoder._reserve({leaf: size for leaf in open_leaves}, ahead=size - 1 - max(drafts.depth))
+    slots = decoder._reserve(dict.fromkeys(open_leaves, size), ahead=size - 1 - max(drafts.depth))
     tokens, _ = decoder._take_pending(leaves)
     # what stays of those whose pending token is an end token
     outcome = {leaf: Verified(leaf, [token], 0) for leaf, token in zip(leaves, tokens, strict=True)}
@@ -65,7 +64,9 @@ def verify_leaves(
         )
     for index, leaf in enumerate(open_leaves):
         path = (accepted[index, : int(num_accepted[index])] - index * size).tolist()
-        count = _commit(decoder, leaf, rows[index].tolist(), logits[index * size : (index + 1) * size], path, slots[leaf])
+        count = _commit(
+            decoder, leaf, rows[index].tolist(), logits[index * size : (index + 1) * size], path, slots[leaf]
+        )
         record = decoder.node(leaf)
         outcome[leaf] = Verified(leaf, [tokens[open_rows[index]], *rows[index, path[:count]].tolist()], count)
         if record.finished:
@@ -87,8 +88,6 @@ def _batch(
 ) -> TreeBatch:
     """The forward over pending tokens and drafts, along a tree of its own: what it adds is gone after the step."""
     from palmette import Tree
-
-    from .tree_decoding import TreeBatch
 
     size = rows.shape[1]
     number: dict[int, int] = {}
@@ -116,7 +115,10 @@ def _batch(
         if node in slots:
             first_draft[node] = len(parent)
             for draft, above in enumerate(drafts.parent):
-                add(first_draft[node] + above if above >= 0 else number[node], slots[node][draft + 1 : draft + 2])
+                add(
+                    first_draft[node] + above if above >= 0 else number[node],
+                    slots[node][draft + 1 : draft + 2],
+                )
         stack.extend(reversed(children.get(node, [])))
 
     query_nodes, offsets, positions = [], [], []
@@ -170,7 +172,9 @@ def _commit(
     decoder.tree.append(torch.tensor([leaf]), torch.tensor([len(held)]), torch.tensor(held))
     above = torch.tensor([0, *kept[:-1]], dtype=torch.long)
     if kept:
-        record.score += float(token_logprobs(logits[above], torch.tensor([tokens[node] for node in kept])).sum())
+        record.score += float(
+            token_logprobs(logits[above], torch.tensor([tokens[node] for node in kept])).sum()
+        )
     record.slots.extend(held)
     record.tokens.extend([tokens[0], *(tokens[node] for node in kept)])
     if ends:

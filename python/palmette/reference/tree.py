@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference of trees of tokens: ``palmette.Tree`` and what its plans must cover, in plain Python, by definition.
+"""Reference of trees of tokens: ``palmette.Tree``, and what its plans must cover, in plain Python.
 
-Nothing here knows about intervals: a query sees the tokens on its path, and a path is found by asking for parents.
+Nothing here knows about intervals: a query sees the tokens on its path, and a path is found by asking for
+    parents.
 """
 
 from __future__ import annotations

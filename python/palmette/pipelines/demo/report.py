@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..integrations._extras import require
-from .demo import WorkloadResult
+from ...integrations._extras import require
+from .workloads import WorkloadResult
 
 HEADER = (
     "workload",
@@ -30,8 +30,8 @@ HEADER = (
 
 def machine() -> dict[str, str]:
     """What the numbers were measured on."""
-    from .. import __version__
-    from ..collect_env import collect
+    from ... import __version__
+    from ...collect_env import collect
 
     report = collect()
     return {
@@ -77,7 +77,8 @@ def table(results: Sequence[WorkloadResult]) -> str:
         return f"| {' | '.join(cells)} |"
 
     rule = [
-        "-" * max(width, 3) if column in left else "-" * (max(width, 3) - 1) + ":" for column, width in enumerate(widths)
+        "-" * max(width, 3) if column in left else "-" * (max(width, 3) - 1) + ":"
+        for column, width in enumerate(widths)
     ]
     return "\n".join([render(lines[0]), f"| {' | '.join(rule)} |", *map(render, lines[1:])])
 
@@ -101,7 +102,11 @@ def write(
         "- Attention: one layer's on the same q, k, v, interleaved over the methods, median, times the layers; KV tokens are "
         "those read per layer and KV head. Each method keeps K and V in the layout that suits it.",
         "- All methods chose the same greedy tokens.",
-        *(f"- near tie, {result.name}: {difference}." for result in results for difference in result.differences),
+        *(
+            f"- near tie, {result.name}: {difference}."
+            for result in results
+            for difference in result.differences
+        ),
     ]
     (directory / "table.md").write_text(text + "\n\n" + "\n".join(notes) + "\n")
     content = {
@@ -146,10 +151,13 @@ def plot_ratios(results: Sequence[WorkloadResult], path: Path, title: str) -> No
         width = 0.8 / len(methods)
         for place, method in enumerate(methods):
             values = [
-                next(of_row(row, result.rows[0]) for row in result.rows if row.method == method) for result in results
+                next(of_row(row, result.rows[0]) for row in result.rows if row.method == method)
+                for result in results
             ]
             positions = [index + (place - (len(methods) - 1) / 2) * width for index in range(len(results))]
-            bars = panel.bar(positions, values, 0.92 * width, label=f"over {method}", color=colours[place % 3])
+            bars = panel.bar(
+                positions, values, 0.92 * width, label=f"over {method}", color=colours[place % 3]
+            )
             panel.bar_label(bars, fmt="%.1f×", fontsize=8)
         panel.axhline(1.0, color="#888888", linewidth=0.8)
         panel.set_yscale("log")

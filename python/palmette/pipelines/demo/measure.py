@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 
-from ..integrations.transformers import ATTENTION_NAME, attention_forward
+from ...integrations.transformers import ATTENTION_NAME, attention_forward
+from ..records import Node, Step, TreeBatch
+from ..tree_decoding import TreeDecoder
+from .hand_written_cascade import HandWrittenCascade
+from .masked_union import MaskedUnion
 from .peers import ATTENTION_NAME as PEER_ATTENTION_NAME
-from .peers import HandWrittenCascade, MaskedUnion, PerSequence, path_of, peer_forward, register_peers
-from .tree_decoding import Node, Step, TreeBatch, TreeDecoder
+from .peers import path_of, peer_forward, register_peers
+from .per_sequence import PerSequence
 
 CAPTURING_NAME = "palmette_captured"
 NEAR_TIE = 1e-3  # two logits closer than this may swap places between methods
@@ -126,7 +130,9 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 _captured: dict[int, torch.Tensor] = {}
 
 
-def _capturing_attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def _capturing_attention(
+    module: Any, query: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
     _captured[module.layer_idx] = query
     return attention_forward(module, query, *args, **kwargs)
 
@@ -157,18 +163,17 @@ class MeasuredDecoder(TreeDecoder):
         self._forwards: int | None = None  # not counted before start()
         self._ranks: dict[int, list[float]] = {}
 
-    def start(self) -> None:
-        """Begin to count, to sample and to run the clock."""
+    def start(self) -> Clock:
+        """Begin to count and to sample, with a new clock, which stands still for the samples."""
         self.model.set_attn_implementation(CAPTURING_NAME)
         self._forwards = 0
         self.clock = Clock()
+        return self.clock
 
-    def stop(self) -> float:
-        """Seconds since ``start``, less those of the samples."""
-        seconds = self.clock.seconds
+    def stop(self) -> None:
+        """Neither count nor sample any more."""
         self._forwards = None
         self.model.set_attn_implementation(ATTENTION_NAME)
-        return seconds
 
     def choose(self, nodes: Sequence[int], **options: Any) -> list[int]:
         with self.clock.paused():

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's three workloads, each decoded by every method."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..records import Step
+from ..search import few_shot, tree_of_thought
+from ..token_trees import TokenRecycling, TokenTree, medusa_paths
+from ..tree_decoding import TreeDecoder
+from .hand_written_cascade import HandWrittenCascade
+from .inputs import Sizes, recorded_like_schedule
+from .masked_union import MaskedUnion
+from .measure import CASCADE, NEAR_TIE, PALMETTE, SEQUENCES, UNION, Clock, Difference, MeasuredDecoder, Record
+from .peers import ATTENTION_NAME as PEER_ATTENTION_NAME
+from .peers import PeerDecoder
+
+UNDRAFTED = "palmette, no drafts"
+
+
+@dataclass
+class MethodResult:
+    """One row of the table.
+
+    Attributes:
+        method: Its name.
+        attention_ms: All layers' attention per step, mean over the sampled steps; NaN where it was not
+            measured.
+        tokens_per_s: Tokens committed per second of its own decode loop.
+        kv_tokens: KV tokens read per step, layer and KV head, mean over the sampled steps.
+        note: What to know about the row.
+    """
+
+    method: str
+    attention_ms: float
+    tokens_per_s: float
+    kv_tokens: float
+    note: str = ""
+
+
+@dataclass
+class WorkloadResult:
+    """One workload's part of the table."""
+
+    name: str
+    description: str
+    redundancy: float
+    steps: int
+    rows: list[MethodResult]
+    differences: list[str] = field(default_factory=list)
+
+
+class Demo:
+    """The three workloads on one model.
+
+    Args:
+        model: The language model.
+        text: Token ids to take prompts from.
+        sizes: How much to decode.
+        seed: Of the tree of thoughts.
+        output: Directory of the pictures of trees; None: no pictures.
+        progress: Called as ``progress(description, total)``, a context that yields a function to call per
+            step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        text: Sequence[int],
+        sizes: Sizes,
+        *,
+        seed: int,
+        output: Path | None,
+        progress: Callable[[str, int], Any],
+    ) -> None:
+        self.model, self.text, self.sizes, self.seed = model, list(text), sizes, seed
+        self.output, self.progress = output, progress
+        self.names = (PALMETTE, CASCADE, UNION, SEQUENCES)
+        config = model.config.get_text_config()
+        self.num_layers = config.num_hidden_layers
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        self._best_picture = 0
+
+    def run(self) -> Iterator[WorkloadResult]:
+        """Run one workload after the other."""
+        yield self.few_shot()
+        yield self.tree_of_thought()
+        yield self.token_trees()
+
+    def few_shot(self) -> WorkloadResult:
+        """One prompt, many branches."""
+        sizes = self.sizes
+
+        def loop(decoder: TreeDecoder, on_step: Callable[[Step], None]) -> None:
+            few_shot(decoder, None, sizes.branches, sizes.tokens, on_step=on_step)
+
+        return self._branching(
+            "few-shot",
+            f"{sizes.branches} branches of {sizes.tokens} tokens on a prompt of {sizes.prompt}",
+            self.text[: sizes.prompt],
+            sizes.tokens,
+            loop,
+        )
+
+    def tree_of_thought(self) -> WorkloadResult:
+        """Thoughts that branch and end."""
+        sizes = self.sizes
+        schedule = recorded_like_schedule(
+            sizes.levels, sizes.thoughts, sizes.thought_scale, random.Random(self.seed)
+        )
+
+        def loop(decoder: TreeDecoder, on_step: Callable[[Step], None]) -> None:
+            tree_of_thought(decoder, None, schedule, on_step=on_step)
+
+        return self._branching(
+            "tree of thoughts",
+            f"{sizes.levels} levels of {sizes.thoughts} thoughts on a prompt of {sizes.thought_prompt}",
+            self.text[: sizes.thought_prompt],
+            max(entry.end_step for entry in schedule),
+            loop,
+            picture=True,
+        )
+
+    def _branching(
+        self,
+        name: str,
+        description: str,
+        prompt: Sequence[int],
+        steps: int,
+        loop: Callable[[TreeDecoder, Callable[[Step], None]], None],
+        picture: bool = False,
+    ) -> WorkloadResult:
+        """A workload in which every step decodes one token per leaf."""
+        spread = _spread(steps, self.sizes.samples)
+        ours = MeasuredDecoder(self.model, spread.__contains__, self.sizes.repeats, eos_token_id=None)
+        with self.progress(f"{name}: reading the prompt", 1) as tick:
+            ours.prefill(prompt)
+            tick()
+        if picture and self.output is not None:
+            ours.on_sample = self._picture
+        rates: dict[str, float] = {}
+        found: list[Difference] = []
+        for method, decoder in {PALMETTE: ours, **self._peers(ours)}.items():
+            record = ours.record if decoder is ours else Record()
+            with self.progress(f"{name}: {method}", steps) as tick:
+
+                def on_step(
+                    step: Step,
+                    decoder: TreeDecoder = decoder,
+                    record: Record = record,
+                    tick: Callable[..., None] = tick,
+                ) -> None:
+                    record.add(step, decoder)
+                    tick()
+
+                clock = self._start(decoder)
+                loop(decoder, on_step)
+                rates[method] = sum(map(len, record.tokens.values())) / clock.seconds
+            found += ours.ties if decoder is ours else ours.record.differences(record, method)
+        ours.stop()
+        return self._result(name, description, ours, rates, steps, found)
+
+    def token_trees(self) -> WorkloadResult:
+        """Speculative decoding: token trees verified step by step."""
+        sizes = self.sizes
+        name, count = "token trees", sizes.draft_tokens
+        prompt = self.text[: sizes.prompt]
+        tree = TokenTree(medusa_paths(sizes.draft_nodes))
+        learned = TokenRecycling(self.model.config.get_text_config().vocab_size)
+        every = max(1, count // (3 * sizes.samples))
+        ours = MeasuredDecoder(
+            self.model, lambda i: i % every == every // 2, sizes.repeats, eos_token_id=None
+        )
+        plain = MeasuredDecoder(self.model, lambda i: False, 1, eos_token_id=None)
+        with self.progress(f"{name}: reading the prompt", 2) as tick:
+            (root,) = ours.prefill(prompt, on_logits=learned.update)
+            tick()
+            plain.prefill(prompt)
+            tick()
+        decoders = {PALMETTE: ours, **self._peers(ours)}
+
+        with self.progress(f"{name}: one token at a time", count) as tick:
+            clock = self._start(plain)
+            for _ in range(count):
+                plain.record.add(plain.step(), plain)
+                tick()
+            rates = {UNDRAFTED: count / clock.seconds}
+            plain.stop()
+        found, notes, steps = [], {}, {}
+        for method, decoder in decoders.items():
+            with self.progress(f"{name}: {method}", count) as tick:
+                clock = self._start(decoder)
+                tokens, steps[method] = speculate(decoder, root, count, tree, learned.copy(), tick)
+                rates[method] = len(tokens) / clock.seconds
+            notes[method] = f"{len(tokens) / steps[method]:.2f} tokens per step"
+            found += plain.record.differences(Record({root: tokens[:count]}, {root: -1}), method)
+        ours.stop()
+        result = self._result(
+            name,
+            f"{sizes.draft_nodes} drafts per step on a prompt of {sizes.prompt}, drafted by Token Recycling "
+            "(the likeliest successors of each token that the model itself named when it last saw that token)",
+            ours,
+            rates,
+            steps[PALMETTE],
+            found + ours.ties,
+            tokens_per_step=count / steps[PALMETTE],
+            notes=notes,
+        )
+        result.rows.append(MethodResult(UNDRAFTED, math.nan, rates[UNDRAFTED], math.nan, "1 token per step"))
+        return result
+
+    def _peers(self, source: TreeDecoder) -> dict[str, TreeDecoder]:
+        """The other methods' decoders, with the prompt that ``source`` has read."""
+        options: dict[str, Any] = {"page_size": 1, "eos_token_id": None}
+        return {
+            CASCADE: PeerDecoder(HandWrittenCascade(self.num_layers, self.group), source, **options),
+            UNION: PeerDecoder(MaskedUnion(self.num_layers, self.group), source, **options),
+        }
+
+    def _start(self, decoder: TreeDecoder) -> Clock:
+        """Give the model the decoder's attention, and start the clock."""
+        if isinstance(decoder, MeasuredDecoder):
+            return decoder.start()
+        self.model.set_attn_implementation(PEER_ATTENTION_NAME)
+        return Clock()
+
+    def _result(
+        self,
+        name: str,
+        description: str,
+        ours: MeasuredDecoder,
+        rates: dict[str, float],
+        steps: int,
+        differences: Sequence[Difference],
+        *,
+        tokens_per_step: float | None = None,
+        notes: dict[str, str] | None = None,
+    ) -> WorkloadResult:
+        wrong = [d for d in differences if not d.margin < NEAR_TIE]
+        if wrong:
+            raise AssertionError(
+                f"{name}: all methods must choose the same tokens. " + "; ".join(map(str, wrong))
+            )
+        samples = ours.samples
+        seconds = sum(sample.per_sequence_s for sample in samples)
+        per_step = [tokens_per_step or sample.queries for sample in samples]
+        rates = {**rates, SEQUENCES: sum(per_step) / seconds}
+        notes = {**(notes or {}), SEQUENCES: f"sampled {len(samples)} of {steps} steps"}
+        rows = [
+            MethodResult(
+                method,
+                _mean(sample.attention_ms[method] for sample in samples),
+                rates[method],
+                _mean(sample.kv_tokens[method] for sample in samples),
+                notes.get(method, ""),
+            )
+            for method in self.names
+        ]
+        redundancy = _mean(sample.redundancy for sample in samples)
+        return WorkloadResult(name, description, redundancy, steps, rows, [str(d) for d in differences])
+
+    def _picture(self, batch: Any, plan: Any) -> None:
+        assert self.output is not None
+        if len(batch.nodes) > self._best_picture:
+            self._best_picture = len(batch.nodes)
+            for suffix in ("svg", "png"):
+                plan.plot(self.output / f"tree.{suffix}")
+
+
+def speculate(
+    decoder: TreeDecoder,
+    leaf: int,
+    count: int,
+    tree: TokenTree,
+    draft: TokenRecycling,
+    tick: Callable[..., None],
+) -> tuple[list[int], int]:
+    """Decode at least ``count`` tokens by token trees; returns the tokens and the steps it took."""
+    tokens: list[int] = []
+    steps = 0
+    while len(tokens) < count:
+        (pending,) = decoder.choose([leaf])
+        drafted = draft.draft(pending, tree)
+        verified = torch.cat([torch.tensor([pending]), drafted[tree.order]])
+
+        def learn(logits: torch.Tensor, verified: torch.Tensor = verified) -> None:
+            draft.update(verified, logits)
+
+        (outcome,) = decoder.verify_step(tree, drafted, [leaf], on_logits=learn)
+        tokens += outcome.tokens
+        steps += 1
+        tick(len(outcome.tokens))
+    return tokens, steps
+
+
+def _mean(values: Any) -> float:
+    collected = list(values)
+    return sum(collected) / len(collected)
+
+
+def _spread(steps: int, count: int) -> set[int]:
+    """``count`` of ``steps`` indices, evenly spread."""
+    return {int((index + 0.5) * steps / count) for index in range(min(count, steps))}
