@@ -39,6 +39,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--flex", action="store_true", help="compile flex_attention as a peer, half a minute per case"
     )
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="MODULE:FUNCTION", help="a further peer for attention"
+    )
     parser.add_argument("--warm", action="store_true", help="do not evict the caches before timed calls")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument(
@@ -75,6 +78,7 @@ def _run_direct(options: argparse.Namespace) -> int:
         kinds=tuple(options.kinds.split(",")),
         only=tuple(options.only),
         with_flex=options.flex,
+        more_peers=tuple(options.peer),
         cold=not options.warm,
     )
     session = Session(settings, threads=options.threads, name=options.name)
@@ -112,6 +116,7 @@ def _run_pytest(options: argparse.Namespace) -> int:
         f"--results={name}",
     ]
     arguments += [f"--only={text}" for text in options.only]
+    arguments += [f"--peer={name}" for name in options.peer]
     arguments += [f"--{flag}" for flag in ("flex", "warm") if getattr(options, flag)]
     arguments += [] if options.threads is None else [f"--threads={options.threads}"]
     return int(pytest.main(arguments))

@@ -27,7 +27,7 @@ def _prepare(case: Case, settings: Settings) -> tuple[Race, Row]:
         raise SkipJobError(f"needs {needed / 2**30:.0f} GiB of memory")
     inputs = make_inputs(case)
     mine = ours(case, inputs)
-    others, not_run = peers(case, inputs, with_flex=settings.with_flex)
+    others, not_run = peers(case, inputs, with_flex=settings.with_flex, more=settings.more_peers)
     queries = check.sample(case)
     want = check.expected(case, inputs, queries)
     errors = {

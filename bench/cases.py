@@ -198,8 +198,7 @@ def medusa_case(size: int, prompt: int, **options: object) -> Case:
 def reasoning_case(task: str, index: int, progress: float = 0.5, **options: object) -> Case:
     """A recorded tree-of-thought in mid-run."""
     name = f"thought {task} {index} at {progress:.0%}"
-    return _named(Case(name, "irregular", trees.reasoning(task, index, progress), **options))  # type:
-    ignore[arg - type]
+    return _named(Case(name, "irregular", trees.reasoning(task, index, progress), **options))
 
 
 def irregular_case(**options: object) -> Case:

@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--kinds", default=",".join(KINDS), help="kinds of jobs, with commas between")
     group.addoption("--only", default=[], action="append", help="part of a job's name; repeatable")
     group.addoption("--flex", action="store_true", help="compile flex_attention as a peer (slow)")
+    group.addoption("--peer", default=[], action="append", help="module:function of a further peer")
     group.addoption("--warm", action="store_true", help="do not evict the caches before timed calls")
     group.addoption("--threads", type=int, default=None, help="torch threads")
     group.addoption("--results", default=None, help="name below bench/results for JSON, table and plots")
@@ -33,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         kinds=tuple(option("kinds").split(",")),
         only=tuple(option("only")),
         with_flex=option("flex"),
+        more_peers=tuple(option("peer")),
         cold=not option("warm"),
     )
     config.stash[_SESSION] = Session(settings, threads=option("threads"), name=option("results"))

@@ -24,6 +24,7 @@ class Settings:
         kinds: Which kinds of jobs.
         only: Substrings of which a job's name must contain one; empty: all jobs.
         with_flex: Whether to compile flex_attention as a peer.
+        more_peers: Further peers, "module:function" each, see ``bench.peers.peers``.
         cold: Whether to evict the caches before every timed call.
     """
 
@@ -31,6 +32,7 @@ class Settings:
     kinds: tuple[str, ...] = KINDS
     only: tuple[str, ...] = ()
     with_flex: bool = False
+    more_peers: tuple[str, ...] = ()
     cold: bool = True
     _evictor: Evictor | None = field(default=None, repr=False)
 

@@ -15,9 +15,9 @@ import torch
 from bench.peers import Contender
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 25
-# A peer that is this many times slower than the best one cannot become the best: it drops out after two
-# rounds.
-HOPELESS = 3.0
+# A peer that is this many times slower than the best one, after one round and after two, cannot become the
+# best: it drops out.
+HOPELESS = (8.0, 3.0)
 _DEFAULT_CACHE = 32 << 20
 
 
@@ -95,12 +95,12 @@ class Race:
         gc.collect()
         wake_threads(0.1)
         self.ours.run()
-        for _ in range(2):
-            self.lap()
         own = _seconds(self.ours)
-        best = min((min(self.times[peer.name]) for peer in self.peers), default=0.0)
-        if self.drop_hopeless:
-            self._running = [p for p in self.peers if min(self.times[p.name]) <= HOPELESS * best]
+        for factor in HOPELESS:
+            self.lap()
+            best = min((min(self.times[peer.name]) for peer in self._running), default=0.0)
+            if self.drop_hopeless:
+                self._running = [p for p in self._running if min(self.times[p.name]) <= factor * best]
         lap = own + sum(min(self.times[peer.name]) for peer in self._running)
         self.rounds = int(min(max(self.budget_s / max(lap, 1e-9), self.min_rounds), self.max_rounds))
         for peer in self._running:  # the first calls count for the hopeless only

@@ -9,7 +9,9 @@ brings them into Palmette's [Nq, Hq, D] for the check alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -341,8 +343,17 @@ def ours(case: Case, inputs: Inputs) -> Contender:
     return Contender("palmette", lambda: palmette.tree_attention(q, k, v, plan), lambda out: out)
 
 
-def peers(case: Case, inputs: Inputs, *, with_flex: bool = False) -> tuple[list[Contender], dict[str, str]]:
-    """All peers of a case, and for those that are not run the reason, by name."""
+def peers(
+    case: Case, inputs: Inputs, *, with_flex: bool = False, more: Sequence[str] = ()
+) -> tuple[list[Contender], dict[str, str]]:
+    """All peers of a case, and for those that are not run the reason, by name.
+
+    Args:
+        case, inputs: The workload.
+        with_flex: Whether to compile flex_attention.
+        more: Further peers, "module:function" each: a function from ``Prepared`` to ``Contender`` that raises
+            ``NotRunError`` where it cannot take part.
+    """
     p = prepare(case, inputs)
     makers: dict[str, Callable[[Prepared], Contender]] = {
         "cascade": cascade,
@@ -350,11 +361,14 @@ def peers(case: Case, inputs: Inputs, *, with_flex: bool = False) -> tuple[list[
         "union mask": union_mask,
         "per sequence": per_sequence,
     }
+    if case.torch_dtype != torch.float32:
+        for name in ("cascade", "prefix + mask", "union mask"):
+            makers[f"{name} fp32"] = functools.partial(upcast, makers[name])
     if with_flex:
         makers["flex"] = flex
-    if case.torch_dtype != torch.float32:
-        for name, maker in list(makers.items())[:3]:
-            makers[f"{name} fp32"] = lambda p, maker=maker: upcast(maker, p)
+    for name in more:
+        module, _, function = name.partition(":")
+        makers[name] = getattr(importlib.import_module(module), function)
     found, missing = [], {}
     for name, maker in makers.items():
         try:

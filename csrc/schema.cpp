@@ -63,10 +63,10 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   m.def("verify_extent(Tensor nodes, Tensor tree_counts) -> Tensor");
   m.def(
       "verify_greedy(Tensor nodes, Tensor tree_counts, Tensor draft_tokens, Tensor target_logits, "
-      "int num_roots, int max_depth) -> (Tensor accepted, Tensor num_accepted, Tensor bonus)");
+      "SymInt num_roots, SymInt max_depth) -> (Tensor accepted, Tensor num_accepted, Tensor bonus)");
   m.def(
       "verify_sample(Tensor nodes, Tensor tree_counts, Tensor draft_tokens, Tensor target_probs, "
-      "Tensor uniforms, int num_roots, int max_depth) -> (Tensor accepted, Tensor num_accepted, "
+      "Tensor uniforms, SymInt num_roots, SymInt max_depth) -> (Tensor accepted, Tensor num_accepted, "
       "Tensor bonus)");
   m.def("compact_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor src_slots, Tensor dst_slots) -> ()");
 

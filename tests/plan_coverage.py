@@ -84,6 +84,6 @@ def check(plan: TreeAttentionPlan, want: reference.Tree, queries) -> None:
         assert io.kv_tokens_read == io.kv_tokens_per_sequence
     assert io.partial_states == len(p["merge_row"])
     row_bytes = plan.num_q_heads * (plan.head_dim + 1) * 4
-    assert io.partial_states <= max(2 * len(mask), FREE_PARTIAL_BYTES // row_bytes)
+    assert io.partial_states <= 2 * len(mask) + FREE_PARTIAL_BYTES // row_bytes
     slots = want.slots()
     assert plan.counts[8] == max((s for s in slots), default=-1) + 1

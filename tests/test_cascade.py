@@ -12,11 +12,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import BODIES
-from palmette import cascade_attention, reference, testing
+from palmette import cascade_attention, testing
 from palmette.reference import cascade as reference_cascade
 from torch import Tensor
-
-assert reference.__doc__
 
 Level = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -221,11 +219,6 @@ def inputs_of(q: Tensor, levels: list[Level]) -> list[Tensor]:
 )
 def test_gradcheck(scalar_backend, name):
     levels = [(k[:, :, :3], v[:, :, :2], *rest) for k, v, *rest in cast(make(name), torch.float64)]
-    keys = {"three levels": 40}.get(name, 1000)  # finite differences take a pass per element
-    levels = [
-        (k, v, a, b) if len(k) < keys else (k[:6], v[:6], a, indptr([6] + [0] * (len(b) - 2)))
-        for k, v, a, b in levels
-    ]
     q = queries(name, 4, 3, torch.float64)
     leaves = [x.contiguous().requires_grad_() for x in inputs_of(q, levels)]
 
@@ -234,7 +227,8 @@ def test_gradcheck(scalar_backend, name):
         out, lse = cascade_attention(tensors[0], [(k, v, *rest[2:]) for k, v, rest in pairs], return_lse=True)
         return out, torch.where(lse == -math.inf, 0.0, lse)
 
-    assert torch.autograd.gradcheck(function, leaves, atol=1e-6)
+    fast = name in ("three levels", "a level without keys")
+    assert torch.autograd.gradcheck(function, leaves, atol=1e-6, fast_mode=fast)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -350,7 +344,9 @@ def test_compile_fullgraph():
 def test_compile_does_not_recompile_when_the_keys_grow():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(cascade_attention, fullgraph=True, backend=counter, dynamic=True)
+    frames = []
     for num_keys in (40, 50, 64, 300):
         q, levels = torch.randn(6, 4, 16), [level([6], [num_keys]), level([3, 3], [9, num_keys])]
         torch.testing.assert_close(compiled(q, levels), cascade_attention(q, levels))
-    assert counter.frame_count == 1
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 4

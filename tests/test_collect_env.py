@@ -60,6 +60,16 @@ def test_missing_library_is_reported_and_raises_on_use(tmp_path):
     assert "pip install --no-build-isolation ." in result.stderr.strip().splitlines()[-1]
 
 
+def test_public_names_survive_any_order_of_imports():
+    """palmette.tree_attention is a function although a module has the same name."""
+    for first in ("palmette.tree_attention", "palmette.testing", "palmette.cascade"):
+        result = run(
+            "-c",
+            f"import {first}, palmette; assert all(map(callable, (palmette.tree_attention, palmette.Tree)))",
+        )
+        assert result.returncode == 0, result.stderr
+
+
 def test_unknown_command(capsys):
     assert __main__.main(["dance"]) == 2
     assert "command must be one of demo, env, got 'dance'" in capsys.readouterr().err

@@ -12,11 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-
+import transformers
 from palmette.integrations._extras import MissingExtraError, require
 from palmette.pipelines import demo, few_shot, models, tree_of_thought
 from palmette.pipelines.demo.hand_written_cascade import HandWrittenCascade
@@ -39,6 +35,7 @@ def _one_thread(num_threads: Any) -> None:
 
 
 def test_quick_demo_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
     before = torch.get_num_threads()
     try:
         assert demo.main(["--quick", "--output", str(tmp_path / "out"), "--threads", "1"]) == 0
@@ -151,7 +148,8 @@ def test_missing_packages_are_one_sentence(
     assert demo.main(["--quick", "--output", str(tmp_path)]) == 1
     message = capsys.readouterr().err
     assert message == (
-        "palmette demo: palmette demo needs the package tqdm, which is not installed: pip install 'palmette[demo]'\n"
+        "palmette demo: palmette demo needs the package tqdm, which is not installed: "
+        "pip install 'palmette[demo]'\n"
     )
     with pytest.raises(MissingExtraError, match="this needs the package nowhere_to_be_found"):
         require("nowhere_to_be_found", "this")

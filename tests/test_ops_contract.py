@@ -49,8 +49,6 @@ def test_dir_lists_the_public_names():
 
 @pytest.mark.parametrize("name", registered())
 def test_has_a_fake(name):
-    for public in palmette.__all__:  # fakes are registered by the modules, which load on first use
-        getattr(palmette, public)
     entry = torch._library.simple_registry.singleton.find(f"palmette::{name}")
     assert entry.fake_impl.kernel is not None, f"torch.library.register_fake is missing for palmette::{name}"
 

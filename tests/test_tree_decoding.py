@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 from palmette.pipelines import (
     ThoughtNode,
     TokenRecycling,

@@ -203,10 +203,20 @@ struct Backward {
     }
   }
 
+  TileView<T> load_tile(const Strided& x, int head, int d, bool in_place, T* buffer) {
+    if (in_place && tile->contiguous) {
+      return {static_cast<const T*>(x.data) + head * x.head + tile->slot[0] * x.token, x.token};
+    }
+    const char* rows[kTileKeys];
+    point_at_rows(x, p.dtype, head, *tile, rows);
+    pack_rows_of_tile<S>(buffer, rows, 0, tile->count, p.dtype, d);
+    return {buffer, packed_stride<S>(d)};
+  }
+
   void run_tile(const AttendUnit& unit, int rows, bool in_place_k, bool in_place_v) {
     const int head = unit.head_begin, n = tile->count;
-    const auto k = load_tile<S>(p.k, p.dtype, head, p.head_dim, *tile, in_place_k, k_tile);
-    const auto v = load_tile<S>(p.v, p.dtype, head, p.v_head_dim, *tile, in_place_v, v_tile);
+    const auto k = load_tile(p.k, head, p.head_dim, in_place_k, k_tile);
+    const auto v = load_tile(p.v, head, p.v_head_dim, in_place_v, v_tile);
     int k_finite = -1;
     bool used = false;
     for (int64_t first = 0; first < rows; first += kGroupRows) {
@@ -268,13 +278,13 @@ struct Backward {
     } else {
       pack_task<T>(task, unit.head_begin, rows);
     }
-    const bool native = p.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
-    auto in_place = [&](const Strided& x) { return native && x.token * static_cast<int64_t>(sizeof(T)) < 1024; };
+    const bool k_in_place = streams_in_place<S>(p.k, p.dtype, p.head_dim);
+    const bool v_in_place = streams_in_place<S>(p.v, p.dtype, p.v_head_dim);
     for (int i = task.item_begin; i < task.item_end; ++i) {
       int32_t min_query_depth;
       set_positions(task, p.plan.item[i], rows, min_query_depth);
       KeyCursor cursor(p.plan, p.plan.item[i], p.window, min_query_depth);
-      while (cursor.next(*tile, kTileKeys)) run_tile(unit, rows, in_place(p.k), in_place(p.v));
+      while (cursor.next(*tile, kTileKeys)) run_tile(unit, rows, k_in_place, v_in_place);
     }
     // Other tasks of the same rows run on this worker too, before or after: add.
     T* dq = static_cast<T*>(b.dq);

@@ -83,9 +83,11 @@ struct Forward {
   Int *pos_lanes, *depth_lanes;
   bool* touched;                          // [heads][blocks]
   Block* blocks;
-  T *k_tile, *v_tile, *s_tile;
+  T *k_tile[2], *v_tile[2], *s_tile;  // of K and V: the tile at work and the one after it
   KeyTile* tiles;       // [2]: the one at work and the one after it
-  const char** soon_rows;  // [2 * kMaxTileKeys]
+  const char** soon;    // [2 * kMaxTileKeys]: rows of K, then of V, of the tile after
+  int buffer = 0;       // which of k_tile and v_tile is at work
+  bool ahead = false;   // the other one holds the tile that comes next
   int64_t lane_capacity, block_capacity, rows_capacity;
 
   static int64_t lanes_for(int64_t rows) { return rows + 3 * N; }
@@ -113,11 +115,13 @@ struct Forward {
     depth_lanes = take<Int>(at, lane_capacity);
     touched = take<bool>(at, heads * block_capacity);
     blocks = take<Block>(at, block_capacity);
-    k_tile = take<T>(at, kMaxTileKeys * packed_stride<S>(p.head_dim));
-    v_tile = take<T>(at, kMaxTileKeys * packed_stride<S>(p.v_head_dim));
+    for (int i = 0; i < 2; ++i) {
+      k_tile[i] = take<T>(at, kMaxTileKeys * packed_stride<S>(p.head_dim));
+      v_tile[i] = take<T>(at, kMaxTileKeys * packed_stride<S>(p.v_head_dim));
+    }
     s_tile = take<T>(at, kMaxTileKeys * 2 * N);
     tiles = take<KeyTile>(at, 2);
-    soon_rows = take<const char*>(at, 2 * kMaxTileKeys);
+    soon = take<const char*>(at, 2 * kMaxTileKeys);
     return at;
   }
 
@@ -167,17 +171,20 @@ struct Forward {
     }
   }
 
-  // The rows of K and V that a tile of one head will read.
-  PrefetchQueue rows_of(const KeyTile& t, int head) {
-    const auto size = static_cast<int64_t>(p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2);
-    const char* k = static_cast<const char*>(p.k.data) + head * p.k.head * size;
-    const char* v = static_cast<const char*>(p.v.data) + head * p.v.head * size;
-    for (int i = 0; i < t.count; ++i) {
-      soon_rows[i] = k + t.slot[i] * p.k.token * size;
-      soon_rows[t.count + i] = v + t.slot[i] * p.v.token * size;
+  static int tile_keys(int rows) {  // with few rows, this tile and the next share L1
+    return rows > 4 * N ? 48 : rows > N ? 24 : 12;
+  }
+
+  // K or V of the tile at work: in place, packed ahead while the tile before it was at work, or packed now.
+  TileView<T> view(const Strided& x, int head, int d, const KeyTile& t, bool in_place, T* packed, bool ready) {
+    if (in_place && t.contiguous) {
+      return {static_cast<const T*>(x.data) + head * x.head + t.slot[0] * x.token, x.token};
     }
-    const int widest = p.head_dim > p.v_head_dim ? p.head_dim : p.v_head_dim;
-    return {soon_rows, soon_rows + 2 * t.count, static_cast<int>((widest * size + 63) / 64)};
+    if (!ready) {
+      point_at_rows(x, p.dtype, head, t, soon);
+      pack_rows_of_tile<S>(packed, soon, 0, t.count, p.dtype, d);
+    }
+    return {packed, packed_stride<S>(d)};
   }
 
   void run_item(const PlanTask& task, int32_t index, const AttendUnit& unit) {
@@ -193,28 +200,38 @@ struct Forward {
     for (int64_t i = 0; i < heads * lane_capacity; ++i) m_lanes[i] = T(kEmptyMax), l_lanes[i] = 0;
     for (int64_t i = 0; i < heads * block_capacity; ++i) touched[i] = false;
 
-    const bool whole = p.head_dim % N == 0 && p.v_head_dim % N == 0 && native_dtype();
-    const bool k_in_place = whole && p.k.token * static_cast<int64_t>(sizeof(T)) < 1024;
-    const bool v_in_place = whole && p.v.token * static_cast<int64_t>(sizeof(T)) < 1024;
-    const int limit = rows > 4 * N ? 48 : rows > N ? 24 : 12;  // with few rows, this tile and the next share L1
+    // Blocks share out the rows of the tile that comes next: each asks for its part while it multiplies, and the part is
+    // packed when the block is done. So the pool is read evenly, and rows do not wait in caches that their stride
+    // makes them share.
+    const bool k_in_place = streams_in_place<S>(p.k, p.dtype, p.head_dim);
+    const bool v_in_place = streams_in_place<S>(p.v, p.dtype, p.v_head_dim);
+    const int widest = p.head_dim > p.v_head_dim ? p.head_dim : p.v_head_dim;
+    const int lines = static_cast<int>((widest * element_size(p.dtype) + 63) / 64);
+    const int limit = tile_keys(rows);
     KeyCursor cursor(p.plan, item, p.window, min_query_depth);
     KeyTile *tile = tiles, *next = tiles + 1;
     bool more = cursor.next(*tile, limit);
     while (more) {
       more = cursor.next(*next, limit);
       bool known = more;  // the tile after this one, be it of the next item
-      if (!more && index + 1 < task.item_end) {
-        known = KeyCursor(p.plan, p.plan.item[index + 1], 0, 0).next(*next, limit);
+      if (!more && index + 1 < task.item_end && p.window <= 0) {
+        const PlanItem& after = p.plan.item[index + 1];
+        known = KeyCursor(p.plan, after, 0, 0).next(*next, tile_keys((after.query_end - after.query_begin) * group));
       }
       for (int h = 0; h < heads; ++h) {
         const int head = unit.head_begin + h;
-        const auto k = load_tile<S>(p.k, p.dtype, head, p.head_dim, *tile, k_in_place, k_tile);
-        const auto v = load_tile<S>(p.v, p.dtype, head, p.v_head_dim, *tile, v_in_place, v_tile);
-        PrefetchQueue soon;
-        if (h + 1 < heads) {
-          soon = rows_of(*tile, head + 1);
-        } else if (known) {
-          soon = rows_of(*next, unit.head_begin);
+        const bool ready = ahead;
+        if (ready) buffer ^= 1;
+        const auto k = view(p.k, head, p.head_dim, *tile, k_in_place, k_tile[buffer], ready);
+        const auto v = view(p.v, head, p.v_head_dim, *tile, v_in_place, v_tile[buffer], ready);
+        const bool same_tile = h + 1 < heads;
+        ahead = same_tile || known;
+        const KeyTile& coming = same_tile ? *tile : *next;
+        const int keys = ahead ? coming.count : 0;
+        if (ahead) {
+          const int coming_head = same_tile ? head + 1 : unit.head_begin;
+          point_at_rows(p.k, p.dtype, coming_head, coming, soon);
+          point_at_rows(p.v, p.dtype, coming_head, coming, soon + keys);
         }
         int finite = -1;  // not yet known
         for (int b = 0; b < num_blocks; ++b) {
@@ -226,10 +243,19 @@ struct Forward {
           }
           const BlockState<T> state{o_lanes + h * o_head + block.o_at, m_lanes + h * lane_capacity + block.lane,
                                     l_lanes + h * lane_capacity + block.lane, touched + h * block_capacity + b};
+          const int first = 2 * keys * b / num_blocks, last = 2 * keys * (b + 1) / num_blocks;
+          PrefetchQueue queue{soon + first, soon + last, lines};
           with_shape<S>(block.shape, [&](auto shape) {
             attend_block<decltype(shape)>(*tile, k, v, finite != 0, q_lanes + h * q_head + block.q_at, p.head_dim,
-                                          p.v_head_dim, seen, p.window, p.softcap, state, s_tile, &soon);
+                                          p.v_head_dim, seen, p.window, p.softcap, state, s_tile, &queue);
           });
+          if (!(k_in_place && coming.contiguous) && first < keys) {
+            pack_rows_of_tile<S>(k_tile[buffer ^ 1], soon, first, last < keys ? last : keys, p.dtype, p.head_dim);
+          }
+          if (!(v_in_place && coming.contiguous) && last > keys) {
+            pack_rows_of_tile<S>(v_tile[buffer ^ 1], soon + keys, (first > keys ? first : keys) - keys, last - keys,
+                                 p.dtype, p.v_head_dim);
+          }
         }
       }
       KeyTile* done = tile;
@@ -279,6 +305,7 @@ struct Forward {
 
   // ---- task
   void run_unit(const AttendUnit& unit) {
+    ahead = false;
     const PlanTask& task = p.plan.task[unit.task_begin];
     const int rows = (task.query_end - task.query_begin) * group;
     for (int64_t i = 0; i < unit.head_count * rows_capacity; ++i) m_rows[i] = T(kEmptyMax), l_rows[i] = 0;

@@ -93,44 +93,50 @@ constexpr int64_t packed_stride(int64_t d) {
   return (d + 2 * S::kLanes - 1) / (2 * S::kLanes) * (2 * S::kLanes) + 8;
 }
 
+// Copies one key's row, widened to the arithmetic type and filled up with zeros.
 template <class S, class E>
-__attribute__((noinline)) void pack_tile(typename S::Scalar* dst, int64_t stride, const E* base, int64_t token,
-                                         const int32_t* slot, int n, int d) {
+PALMETTE_INLINE void pack_row(typename S::Scalar* row, const E* src, int d, int64_t stride) {
   constexpr int N = S::kLanes;
-  for (int k = 0; k < n; ++k) {
-    const E* src = base + slot[k] * token;
-    typename S::Scalar* row = dst + k * stride;
-    int x = 0;
-    for (; x + N <= d; x += N) S::store(row + x, S::load(src + x));
-    if (x < d) {
-      S::store(row + x, S::load_n(src + x, d - x));
-      x += N;
-    }
-    if (x < stride - 8) S::store(row + x, S::zero());
+  int x = 0;
+  for (; x + N <= d; x += N) S::store(row + x, S::load(src + x));
+  if (x < d) {
+    S::store(row + x, S::load_n(src + x, d - x));
+    x += N;
   }
+  if (x < stride - 8) S::store(row + x, S::zero());
 }
 
-// K or V of one head and tile: in place when it can be streamed as it lies, else copied (and widened) to `buffer`.
+// Rows [begin, end) of a tile into their places in `buffer`; rows[i] points at the row of key i.
 template <class S>
-TileView<typename S::Scalar> load_tile(const Strided& x, DType dtype, int head, int d, const KeyTile& t, bool in_place,
-                                       typename S::Scalar* buffer) {
-  using T = typename S::Scalar;
+__attribute__((noinline)) void pack_rows_of_tile(typename S::Scalar* buffer, const char* const* rows, int begin, int end,
+                                                 DType dtype, int d) {
   const int64_t stride = packed_stride<S>(d);
-  if (in_place && t.contiguous) {
-    return {static_cast<const T*>(x.data) + head * x.head + t.slot[0] * x.token, x.token};
-  }
-  if constexpr (sizeof(T) == 4) {
-    if (dtype == DType::bf16) {
-      pack_tile<S>(buffer, stride, static_cast<const bf16*>(x.data) + head * x.head, x.token, t.slot, t.count, d);
-      return {buffer, stride};
+  auto run = [&]<class E>(E) {
+    for (int i = begin; i < end; ++i) {
+      pack_row<S>(buffer + i * stride, reinterpret_cast<const E*>(rows[i]), d, stride);
     }
-    if (dtype == DType::f16) {
-      pack_tile<S>(buffer, stride, static_cast<const fp16*>(x.data) + head * x.head, x.token, t.slot, t.count, d);
-      return {buffer, stride};
-    }
+  };
+  if constexpr (sizeof(typename S::Scalar) == 4) {
+    if (dtype == DType::bf16) return run(bf16{});
+    if (dtype == DType::f16) return run(fp16{});
   }
-  pack_tile<S>(buffer, stride, static_cast<const T*>(x.data) + head * x.head, x.token, t.slot, t.count, d);
-  return {buffer, stride};
+  run(typename S::Scalar{});
+}
+
+inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// Where the rows of a tile begin, in the pool.
+inline void point_at_rows(const Strided& x, DType dtype, int head, const KeyTile& t, const char** rows) {
+  const int64_t size = element_size(dtype);
+  const char* base = static_cast<const char*>(x.data) + head * x.head * size;
+  for (int i = 0; i < t.count; ++i) rows[i] = base + t.slot[i] * x.token * size;
+}
+
+// Can the micro-kernel stream K or V as it lies in the pool? Rows a kilobyte and more apart share too few cache sets.
+template <class S>
+bool streams_in_place(const Strided& x, DType dtype, int d) {
+  const bool native = dtype == (sizeof(typename S::Scalar) == 8 ? DType::f64 : DType::f32);
+  return native && d % S::kLanes == 0 && x.token * element_size(dtype) < 1024;
 }
 
 }  // namespace palmette::PALMETTE_ISA_NS

@@ -66,8 +66,8 @@ class CostModel {
 
  private:
   static double lanes(int64_t rows) {
-    double cost = static_cast<double>(rows / 16 * 16);
     int64_t rest = rows % 16;
+    double cost = static_cast<double>(rows - rest);
     if (rest > 12) return cost + 16;
     if (rest > 4) cost += 8 * kBlock8, rest = std::max<int64_t>(rest - 8, 0);
     return cost + (rest == 0 ? 0 : rest == 1 ? kBlock1 : rest == 2 ? 2 * kBlock2 : 4 * kBlock4);

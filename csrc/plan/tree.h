@@ -54,7 +54,8 @@ struct TreeState {
 struct IntArray {
   const void* data;
   int64_t size;
-  bool wide, given;
+  bool wide;
+  bool given = true;
   int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }

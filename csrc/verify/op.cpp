@@ -59,7 +59,7 @@ TokenTree check_token_tree(const TreeState& tree, const IntArray& token, int64_t
 }
 
 Tensor verify_extent(const Tensor& nodes, const Tensor& tree_counts) {
-  const TokenTree checked = check_token_tree(tree_state(nodes, tree_counts), IntArray{nullptr, 0, false}, 0);
+  const TokenTree checked = check_token_tree(tree_state(nodes, tree_counts), IntArray{}, 0);
   Tensor extent = torch::stable::new_empty(tree_counts, {2}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(extent.mutable_data_ptr());
   out[0] = static_cast<int64_t>(checked.roots.size());

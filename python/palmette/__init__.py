@@ -5,31 +5,19 @@ from __future__ import annotations
 
 import importlib
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-# Public name -> the module that defines it. Modules load on first use, so that `python -m palmette env` can
-# report a broken installation instead of failing on it.
-_EXPORTS = {
-    "merge_state": "cascade",
-    "merge_states": "cascade",
-    "cascade_attention": "cascade",
-    "Tree": "tree",
-    "TreeAttentionIO": "tree_plan",
-    "TreeAttentionPlan": "tree_plan",
-    "plan_tree_attention": "tree_plan",
-    "tree_attention": "tree_attention",
-    "verify_greedy": "verify",
-    "verify_sample": "verify",
-    "compact_kv_": "verify",
-}
-_SUBMODULES = ("integrations", "nn", "pipelines", "reference", "testing")
+_SUBMODULES = ("integrations", "pipelines", "reference", "testing")  # import on first use
+_broken: Exception | None = None
 
-if TYPE_CHECKING:
+try:
     from palmette.cascade import cascade_attention, merge_state, merge_states
     from palmette.tree import Tree
     from palmette.tree_attention import tree_attention
     from palmette.tree_plan import TreeAttentionIO, TreeAttentionPlan, plan_tree_attention
     from palmette.verify import compact_kv_, verify_greedy, verify_sample
+except (ImportError, RuntimeError) as error:  # raised on first use: `python -m palmette env` must not fail
+    _broken = error
 
 __all__ = [
     "Tree",
@@ -52,14 +40,17 @@ except metadata.PackageNotFoundError:  # a source tree on sys.path that was neve
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(f"palmette.{_EXPORTS[name]}"), name)
-        globals()[name] = value
-        return value
     if name in _SUBMODULES:
         return importlib.import_module(f"palmette.{name}")
+    if name in __all__ and _broken is not None:
+        hint = (
+            ""
+            if isinstance(_broken, ImportError)
+            else " (is the compiled library older than the Python code?)"
+        )
+        raise ImportError(f"{_broken}{hint}") from _broken
     raise AttributeError(f"module 'palmette' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS, *_SUBMODULES})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -12,7 +12,7 @@ After ``register()``, a model with ``attn_implementation="palmette"`` attends
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -34,7 +34,7 @@ ATTENTION_NAME = "palmette"
 
 
 def register() -> None:
-    """Register ``attn_implementation="palmette"`` (attention and mask) with transformers; may be called repeatedly.
+    """Register ``attn_implementation="palmette"`` (attention and mask); may be called repeatedly.
 
     Then ``AutoModelForCausalLM.from_pretrained(..., attn_implementation="palmette")`` or
     ``model.set_attn_implementation("palmette")``.
@@ -58,14 +58,14 @@ class DeferredMask:
         self._chains: dict[tuple[int, int, int], Chains | None] = {}
 
     def dense(self) -> torch.Tensor | None:
-        """The mask that SDPA takes: bool [batch, 1, queries, keys], or None where ``is_causal`` says it all."""
+        """The mask for SDPA: bool [batch, 1, queries, keys], or None where ``is_causal`` says it all."""
         if not self._is_dense_made:
             self._dense = sdpa_mask(**self._arguments)
             self._is_dense_made = True
         return self._dense
 
     def chains(self, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Chains | None:
-        """The plan of one chain per sequence, or None where the mask is not that of causal, padded sequences."""
+        """The plan of one chain per sequence, or None for any mask but that of causal, padded sequences."""
         key = (num_q_heads, num_kv_heads, head_dim)
         if key not in self._chains:
             self._chains[key] = Chains(self._arguments, *key) if self._is_causal() else None
@@ -230,8 +230,9 @@ def _tree_forward(
         raise ValueError(f"attention_mask must be None with a tree_plan, got {list(mask.shape)}")
     # a pool may be kept in a shorter dtype than the model's: the queries join it there
     q = query[0].transpose(0, 1).to(key.dtype)
-    out = tree_attention(q, key[0].transpose(0, 1), value[0].transpose(0, 1), plan, **options)
-    return out.to(query.dtype).unsqueeze(0)
+    out: Any = tree_attention(q, key[0].transpose(0, 1), value[0].transpose(0, 1), plan, **options)
+    attended: torch.Tensor = out.to(query.dtype).unsqueeze(0)
+    return attended
 
 
 def _chains_forward(
@@ -244,12 +245,12 @@ def _chains_forward(
     q, k, v = (
         x[0].transpose(0, 1) if batch == 1 else x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)
     )
-    if chains.rows is None:
-        out = tree_attention(q, k, v, chains.plan, **options)
-    else:
-        visible = tree_attention(q[chains.rows], k, v, chains.plan, **options)
-        out = visible.new_zeros(q.shape[0], *visible.shape[1:]).index_copy(0, chains.rows, visible)
-    return out.unflatten(0, (batch, num_queries))
+    visible = q if chains.rows is None else q[chains.rows]
+    out = cast(torch.Tensor, tree_attention(visible, k, v, chains.plan, **options))
+    if chains.rows is not None:
+        out = out.new_zeros(q.shape[0], *out.shape[1:]).index_copy(0, chains.rows, out)
+    attended: torch.Tensor = out.unflatten(0, (batch, num_queries))
+    return attended
 
 
 class PagedLayer(CacheLayerMixin):
@@ -258,7 +259,7 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, cache: PagedCache, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
         self.keys: torch.Tensor = keys
         self.values: torch.Tensor = values
@@ -270,7 +271,7 @@ class PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens' states [1, Hk, tokens, D] to the slots in turn and return the pool as [1, Hk, slots, D]."""
+        """Write new states [1, Hk, tokens, D] to their slots; returns the pool as [1, Hk, slots, D]."""
         slots = self._cache.slots
         if slots is None or key_states.shape[0] != 1 or key_states.shape[2] != slots.shape[0]:
             raise ValueError(
@@ -334,9 +335,14 @@ class PagedCache(Cache):
         )
 
     @property
+    def pools(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per layer keys [slots, Hk, D] and values [slots, Hk, Dv]."""
+        return [(layer.keys, layer.values) for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
     def num_slots(self) -> int:
         """Tokens that the pool holds."""
-        return int(self.layers[0].keys.shape[0])
+        return self.pools[0][0].shape[0]
 
     def reserve(self, num_slots: int) -> None:
         """Grow every layer's pool to at least ``num_slots`` slots, keeping what it holds."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole systems on top of the package's operators. Their extra dependencies are imported when they are used."""
+"""Whole systems on top of the operators. Extra dependencies are imported when they are used."""
 
 from .records import Completion, Step, Verified
 from .search import ThoughtNode, Thoughts, beam_search, best_of_n, few_shot, tree_of_thought

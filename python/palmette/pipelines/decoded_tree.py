@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequences of a tree decoder: their tokens and scores, and which slots of the KV pool hold them. No model here."""
+"""The sequences of a tree decoder: tokens, scores, and which slots of the KV pool hold them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class DecodedTree:
         return path[::-1]
 
     def score(self, node: int) -> float:
-        """Sum of the log-probabilities of all generated tokens on the path to ``node``; given tokens count nothing."""
+        """Sum of the log-probabilities of the generated tokens on the path to ``node``."""
         return sum(self._nodes[n].score for n in self.path(node))
 
     def sequence(self, node: int, *, include_prompt: bool = False) -> Completion:
@@ -163,7 +163,7 @@ class DecodedTree:
         return children
 
     def prune(self, node: int) -> list[int]:
-        """Remove a node, all below it, and every ancestor that is left without leaves; their slots are used again.
+        """Remove a node, all below it, and every ancestor left without leaves; their slots are used again.
 
         Returns:
             Ids of the removed nodes.
@@ -201,7 +201,8 @@ class DecodedTree:
         record = self.node(node)
         if record.children or record.finished:
             raise ValueError(
-                f"node must be an unfinished leaf, got {node}, which {'has children' if record.children else 'is finished'}"
+                f"node must be an unfinished leaf, got {node}, "
+                f"which {'has children' if record.children else 'is finished'}"
             )
 
     def _is_at_end(self, node: int) -> bool:

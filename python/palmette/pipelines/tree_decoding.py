@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding a tree of token sequences with a Hugging Face model: every leaf in one forward, every shared token once.
+"""Decoding a tree of sequences with a Hugging Face model: all leaves in one forward, shared tokens once.
 
 The system of DeFT (arXiv 2404.00242): branches share the KV cache of their common path, one tree attention
 per layer serves all leaves. ``search`` builds few-shot, best-of-n, beam search and tree-of-thought on it.
@@ -264,82 +264,12 @@ class TreeDecoder(DecodedTree):
             to_probabilities = lambda logits: probabilities(logits, temperature, top_k, top_p)  # noqa: E731
         return verify_leaves(self, drafts, draft_tokens, leaves, to_probabilities, generator, on_logits)
 
-    # ---- what a forward takes
-
-    def _check_leaf(self, node: int) -> None:
-        record = self.node(node)
-        if record.children or record.finished:
-            raise ValueError(
-                f"node must be an unfinished leaf, got {node}, which {'has children' if record.children else 'is finished'}"
-            )
-
-    def _is_at_end(self, node: int) -> bool:
-        """Whether the node's pending token ends its sequence."""
-        pending = self._nodes[node].pending
-        return pending is not None and pending[0] in self.eos_token_ids
-
-    def _reserve(self, counts: Mapping[int, int], ahead: int = 0) -> dict[int, list[int]]:
-        """Slots for ``counts[node]`` more tokens of each node, of which the last ``ahead`` lie side by side.
-
-        Raises:
-            ValueError: A sequence would be longer than the model can take.
-            RuntimeError: The pool is full. Nothing is reserved then.
-        """
-        for node, count in counts.items():
-            record = self._nodes[node]
-            self._check_length(record.start + len(record.tokens) + count - ahead)
-        parts = self._allocate([(self._nodes[node].slots, count) for node, count in counts.items()])
-        return dict(zip(counts, parts, strict=True))
-
-    def _allocate(self, wanted: Sequence[tuple[Sequence[int], int]]) -> list[list[int]]:
-        """Slots for (held slots, count) each, or for none of them; the KV pool grows with them."""
-        slots = self._pool.allocate(wanted)
-        self._grow_cache(self._pool.num_slots)
-        return slots
-
-    def _grow_cache(self, num_slots: int) -> None:
-        self.cache.reserve(num_slots)
-
-    def _check_length(self, length: int) -> None:
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"sequences must be at most {limit} tokens (max_position_embeddings), got {length}"
-            )
-
-    def _take_pending(self, nodes: Sequence[int]) -> tuple[list[int], list[float]]:
-        """Record the pending tokens of ``nodes``: their scores, and an end token, which ends its sequence."""
-        tokens, logprobs = [], []
-        for node in nodes:
-            record = self._nodes[node]
-            assert record.pending is not None  # choose() saw to it
-            token, logprob = record.pending
-            record.pending = None
-            record.score += logprob
-            if token in self.eos_token_ids:
-                record.tokens.append(token)
-                record.finished, record.logits = True, None
-            tokens.append(token)
-            logprobs.append(logprob)
-        return tokens, logprobs
-
-    def _append(self, tokens: Mapping[int, Sequence[int]], slots: Mapping[int, Sequence[int]]) -> None:
-        """Make new tokens and their slots part of the tree."""
-        self.tree.append(
-            torch.tensor(list(tokens)),
-            torch.tensor([len(given) for given in tokens.values()]),
-            torch.tensor([slot for node in tokens for slot in slots[node]]),
-        )
-        for node, given in tokens.items():
-            self._nodes[node].tokens.extend(given)
-            self._nodes[node].slots.extend(slots[node])
-
     def _decode(
         self,
         counts: Mapping[int, int],
         on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
-        """Run the model over the last ``counts[node]`` tokens of each node, in chunks, and keep their last logits."""
+        """Run the model over the last ``counts[node]`` tokens of each node; keep their last logits."""
         todo: list[tuple[int, int]] = []
         last = []
         for node, count in counts.items():
@@ -396,7 +326,7 @@ class TreeDecoder(DecodedTree):
 
     @torch.inference_mode()
     def _forward(self, batch: TreeBatch) -> torch.Tensor:
-        """Logits [rows, vocab] of the tokens that ``batch.keep`` names; all tokens' K and V go to the pool."""
+        """Logits [rows, vocab] of the tokens in ``batch.keep``; the K and V of all tokens go to the pool."""
         self.cache.slots = batch.slots
         output = self.model(
             input_ids=batch.tokens[None],
@@ -418,8 +348,8 @@ class TreeDecoder(DecodedTree):
 
         if list(source) != list(target):
             src, dst = torch.tensor(source), torch.tensor(target)
-            for layer in self.cache.layers:
-                compact_kv_(layer.keys, layer.values, src, dst)
+            for keys, values in self.cache.pools:
+                compact_kv_(keys, values, src, dst)
 
 
 def _eos_token_ids(model: Any, eos_token_id: int | Iterable[int] | str | None) -> frozenset[int]:

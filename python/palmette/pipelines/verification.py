@@ -86,7 +86,7 @@ def _batch(
     rows: torch.Tensor,
     slots: dict[int, list[int]],
 ) -> TreeBatch:
-    """The forward over pending tokens and drafts, along a tree of its own: what it adds is gone after the step."""
+    """The forward over pending tokens and drafts, along a tree of its own that is gone after the step."""
     from palmette import Tree
 
     size = rows.shape[1]

@@ -26,8 +26,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m palmette demo",
-        description="Decode trees with a real language model: Palmette next to per-sequence attention, masked attention "
-        "and a cascade written by hand.",
+        description="Decode trees with a real language model: Palmette next to per-sequence attention, "
+        "masked attention and a cascade written by hand.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     sizes = Sizes()
@@ -69,8 +69,9 @@ def run(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     for package in ("matplotlib", "tqdm", "transformers"):
         require(package, "palmette demo", install="'palmette[demo]'")
+    from ..models import load_model
     from . import report
-    from .models import load_model
+    from .workloads import Demo
 
     if options.threads is not None:
         if options.threads < 1:

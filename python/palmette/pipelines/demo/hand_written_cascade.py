@@ -13,7 +13,7 @@ from .peers import State, draft_ancestors, fold, path_of, unfold
 
 
 class _Group:
-    """Sibling nodes of equal length with one query each, or one node: K and V [rows, Hk, capacity, D] per layer."""
+    """Siblings of equal length, one query each, or one node: K and V [rows, Hk, capacity, D] per layer."""
 
     def __init__(self, nodes: list[int], num_layers: int) -> None:
         self.nodes = nodes
@@ -120,7 +120,8 @@ class HandWrittenCascade:
             state = _flash(query, *drafts, scale, self._mask)
         for group, rows in self._calls:
             keys, values = group.keys[layer], group.values[layer]
-            assert keys is not None and values is not None
+            assert keys is not None
+            assert values is not None
             part = query if rows is None else query[rows]
             new = _flash(part, keys[:, :, : group.length], values[:, :, : group.length], scale, None)
             if rows is None:
@@ -197,7 +198,7 @@ class HandWrittenCascade:
 
 
 def _flash(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: Any) -> State:
-    """(out [n, Hk, group, D], lse [n, Hk, group]): all queries over one row of keys, or query i over row i."""
+    """(out [n, Hk, group, D], lse [n, Hk, group]): all queries over one row of keys, or i over row i."""
     rows, heads = keys.shape[:2]
     if rows == 1:
         q = fold(query, heads)

@@ -51,7 +51,7 @@ QUICK = Sizes(
 def recorded_like_schedule(
     levels: int, branching: int, scale: float, generator: random.Random
 ) -> list[ThoughtNode]:
-    """A tree of thoughts with the statistics of DeFT's recorded set-intersection runs (arXiv 2404.00242, section 4.1).
+    """A tree of thoughts like DeFT's recorded set-intersection runs (arXiv 2404.00242, section 4.1).
 
     There, every expansion makes 10 thoughts and one of them, mostly among the longest, is expanded in turn
     while the others run out; lengths have deciles 18, 30, 42, 51, 63, 75, 93, 129, 171.

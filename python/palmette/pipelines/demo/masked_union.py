@@ -50,7 +50,8 @@ class MaskedUnion:
 
     def attend(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         out = torch.nn.functional.scaled_dot_product_attention(
             fold(query, keys.shape[0]),
             keys[None, :, : self._high],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the demo measures: a clock that can stand still, every method on the same q, k, v, and token-by-token agreement."""
+"""How the demo measures: a clock that can stand still, all methods on the same q, k, v, and agreement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 
@@ -188,7 +189,7 @@ class MeasuredDecoder(TreeDecoder):
         with self.clock.paused():
             ranked = self.logits([node])[0].topk(count + 1).values
             steps = [float("inf"), *(ranked[:-1] - ranked[1:]).tolist()]
-            self._ranks[node] = [min(pair) for pair in zip(steps, steps[1:], strict=False)]
+            self._ranks[node] = [min(pair) for pair in pairwise(steps)]
         return super().likeliest(node, count)
 
     def fork(self, node: int, branches: int | Sequence[int]) -> list[int]:
@@ -224,21 +225,21 @@ class MeasuredDecoder(TreeDecoder):
         """Milliseconds of every method's attention, on the q, k, v of the middle layer, times the layers."""
         from palmette import tree_attention
 
-        layers = self.cache.layers
+        layers = self.cache.pools
         middle = len(layers) // 2
         query = _captured[middle][0].transpose(0, 1).contiguous()
-        pool = layers[middle]
+        keys, values = layers[middle]
         scale = self.head_dim**-0.5
         group = self.num_q_heads // self.num_kv_heads
         union, cascade = MaskedUnion(1, group), HandWrittenCascade(1, group)
         nodes, own = dense_slots(batch, self._nodes)
-        fill(union, own, nodes, batch, self._nodes, pool.keys, pool.values)
-        fill(cascade, own, nodes, batch, self._nodes, pool.keys, pool.values)
-        sequences = PerSequence([(pool.keys, pool.values)])
+        fill(union, own, nodes, batch, self._nodes, keys, values)
+        fill(cascade, own, nodes, batch, self._nodes, keys, values)
+        sequences = PerSequence([(keys, values)])
         sequences.prepare(batch, self._nodes)
         replicas = sequences.replicate(0)
         methods: dict[str, Callable[[], torch.Tensor]] = {
-            PALMETTE: lambda: tree_attention(query, pool.keys, pool.values, plan, scale=scale),
+            PALMETTE: lambda: cast(torch.Tensor, tree_attention(query, keys, values, plan, scale=scale)),
             CASCADE: lambda: cascade.attend(0, query, scale),
             UNION: lambda: union.attend(0, query, scale),
             SEQUENCES: lambda: sequences.attend(0, query, scale, replicas),
@@ -267,7 +268,7 @@ class MeasuredDecoder(TreeDecoder):
         """Seconds of the same forward with per-sequence attention; its tokens must be the same."""
         self.model.set_attn_implementation(PEER_ATTENTION_NAME)
         clock = Clock()
-        peer = PerSequence([(layer.keys, layer.values) for layer in self.cache.layers], clock.paused)
+        peer = PerSequence(self.cache.pools, clock.paused)
         other = peer_forward(self.model, peer, batch, self._nodes)
         seconds = clock.seconds
         self.model.set_attn_implementation(CAPTURING_NAME)
@@ -301,7 +302,7 @@ def fill(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Bring a peer of one layer to the state in which a forward attends, from the pool's ``keys`` and ``values``."""
+    """Bring a peer of one layer to where a forward attends, from the pool's ``keys`` and ``values``."""
     new = set(batch.nodes) if batch.draft_parents is None else set()
     for node, record in dense.items():
         count = len(record.slots) - (node in new)

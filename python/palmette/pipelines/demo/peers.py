@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other ways to decode a tree with PyTorch alone, in the same decode loop: what the demo measures against.
+"""Other ways to decode a tree, with PyTorch alone, in the same decode loop: what the demo measures against.
 
 Each keeps K and V as suits it best, contiguous and head-major, and folds the query heads of a KV head into
 rows.
@@ -57,7 +57,7 @@ def path_of(node: int, nodes: Mapping[int, Node]) -> list[int]:
 
 
 def draft_ancestors(parents: Sequence[int]) -> torch.Tensor:
-    """bool [n, n]: whether token k is on the path to token q, itself included; parents come before children."""
+    """bool [n, n]: whether token k is on the path to token q, q included; parents come before children."""
     visible = torch.eye(len(parents), dtype=torch.bool)
     for index, parent in enumerate(parents):
         if parent >= 0:
@@ -74,7 +74,8 @@ def fold(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 
 def unfold(out: torch.Tensor, num_queries: int) -> torch.Tensor:
     """[1, Hk, group * n, ...] -> [n, Hk, group, ...], a view."""
-    return out[0].unflatten(1, (-1, num_queries)).movedim(2, 0)
+    rows: torch.Tensor = out[0].unflatten(1, (-1, num_queries))
+    return rows.movedim(2, 0)
 
 
 def register_peers() -> None:
@@ -125,8 +126,8 @@ class PeerDecoder(TreeDecoder):
             root: Node(-1, 0, list(record.tokens), slots, num_prompt=record.num_prompt, logits=record.logits)
         }
         held = torch.tensor(record.slots)
-        for index, layer in enumerate(source.cache.layers):
-            peer.load(index, root, slots, layer.keys[held], layer.values[held])
+        for layer, (keys, values) in enumerate(source.cache.pools):
+            peer.load(layer, root, slots, keys[held], values[held])
 
     def _grow_cache(self, num_slots: int) -> None:
         pass  # the peer has its own

@@ -52,11 +52,12 @@ class PerSequence:
             by_length.setdefault(len(slots), []).append((slots, rows))
         self._calls = []
         for length, sequences in by_length.items():
-            rows = torch.tensor([rows for _, rows in sequences])
+            queries = torch.tensor([rows for _, rows in sequences])
+            count = queries.shape[1]
             mask = None
-            if rows.shape[1] > 1:
-                mask = torch.ones(rows.shape[1], length, dtype=torch.bool).tril(length - rows.shape[1])
-            self._calls.append((torch.tensor([slots for slots, _ in sequences]), rows, mask))
+            if count > 1:
+                mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+            self._calls.append((torch.tensor([slots for slots, _ in sequences]), queries, mask))
         self.kv_tokens_read = sum(slots.numel() for slots, _, _ in self._calls)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...integrations._extras import require
-from .workloads import WorkloadResult
+from .workloads import MethodResult, WorkloadResult
 
 HEADER = (
     "workload",
@@ -58,9 +58,9 @@ def table(results: Sequence[WorkloadResult]) -> str:
                     result.name if index == 0 else "",
                     row.method,
                     _number(row.attention_ms, 1),
-                    _number(row.attention_ms / ours.attention_ms, 2),
+                    _number(_attention_ratio(row, ours), 2),
                     _number(row.tokens_per_s, 1),
-                    _number(ours.tokens_per_s / row.tokens_per_s, 2),
+                    _number(_rate_ratio(row, ours), 2),
                     _number(row.kv_tokens, 0),
                     f"{result.redundancy:.2f}" if index == 0 else "",
                     row.note,
@@ -94,13 +94,13 @@ def write(
     where = machine()
     text = table(results)
     notes = [
-        f"{model}, float32, on {where['cpu']}, {where['threads']} threads ({where['body']}), torch {where['torch']}, "
-        f"palmette {where['palmette']}; {seconds:.0f} s in all.",
+        f"{model}, float32, on {where['cpu']}, {where['threads']} threads ({where['body']}), "
+        f"torch {where['torch']}, palmette {where['palmette']}; {seconds:.0f} s in all.",
         "",
         *(f"- {result.name}: {result.description}; {result.steps} steps." for result in results),
         "- ratio: the row's attention time over Palmette's, and Palmette's tokens/s over the row's.",
-        "- Attention: one layer's on the same q, k, v, interleaved over the methods, median, times the layers; KV tokens are "
-        "those read per layer and KV head. Each method keeps K and V in the layout that suits it.",
+        "- Attention: one layer's on the same q, k, v, interleaved over all methods, median, times layers. "
+        "KV tokens: read per layer and KV head. Each method keeps K and V in the layout that suits it.",
         "- All methods chose the same greedy tokens.",
         *(
             f"- near tie, {result.name}: {difference}."
@@ -129,6 +129,14 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _attention_ratio(row: MethodResult, ours: MethodResult) -> float:
+    return row.attention_ms / ours.attention_ms
+
+
+def _rate_ratio(row: MethodResult, ours: MethodResult) -> float:
+    return ours.tokens_per_s / row.tokens_per_s
+
+
 def plot_ratios(results: Sequence[WorkloadResult], path: Path, title: str) -> None:
     """A bar chart: how many times faster Palmette is than each method, attention alone and whole steps."""
     require("matplotlib", "palmette demo")
@@ -142,8 +150,8 @@ def plot_ratios(results: Sequence[WorkloadResult], path: Path, title: str) -> No
     for panel, (label, of_row) in zip(
         panels,
         (
-            ("attention", lambda row, ours: row.attention_ms / ours.attention_ms),
-            ("tokens per second, end to end", lambda row, ours: ours.tokens_per_s / row.tokens_per_s),
+            ("attention", _attention_ratio),
+            ("tokens per second, end to end", _rate_ratio),
         ),
         strict=True,
     ):

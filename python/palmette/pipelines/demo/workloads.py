@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ class Demo:
         result = self._result(
             name,
             f"{sizes.draft_nodes} drafts per step on a prompt of {sizes.prompt}, drafted by Token Recycling "
-            "(the likeliest successors of each token that the model itself named when it last saw that token)",
+            "(the likeliest successors of each token, as of the last time that the model saw that token)",
             ours,
             rates,
             steps[PALMETTE],
@@ -301,9 +302,8 @@ def speculate(
     return tokens, steps
 
 
-def _mean(values: Any) -> float:
-    collected = list(values)
-    return sum(collected) / len(collected)
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
 
 
 def _spread(steps: int, count: int) -> set[int]:
