@@ -294,7 +294,7 @@ def test_bad_appends(identity, arguments, message):
         (lambda t: t.branch(4, 1), "node must be in [0, 4), got 4"),
         (lambda t: t.branch(-1, 1), "node must be in [0, 4), got -1"),
         (lambda t: t.branch(0, 2**31), "num_children must be at most 2147483643, got 2147483648"),
-        (lambda t: t.add_roots(-1), "num_children must be at least 1, got -1"),
+        (lambda t: t.add_roots(-1), "count must be at least 1, got -1"),
         (lambda t: t.prune(3), "node must be alive, got 3, which was pruned"),
         (lambda t: t.prune(-1), "node must be in [0, 4), got -1"),
         (lambda t: t.path_slots(3), "node must be alive, got 3, which was pruned"),

@@ -87,7 +87,7 @@ struct Forward {
   KeyTile* tiles;       // [2]: the one at work and the one after it
   const char** soon;    // [2 * kMaxTileKeys]: rows of K, then of V, of the tile after
   int buffer = 0;       // which of k_tile and v_tile is at work
-  bool ahead = false;   // the other one holds the tile that comes next
+  bool ahead = false;   // the tile that comes next is packed already
   int64_t lane_capacity, block_capacity, rows_capacity;
 
   static int64_t lanes_for(int64_t rows) { return rows + 3 * N; }
@@ -220,10 +220,10 @@ struct Forward {
       }
       for (int h = 0; h < heads; ++h) {
         const int head = unit.head_begin + h;
-        const bool ready = ahead;
-        if (ready) buffer ^= 1;
-        const auto k = view(p.k, head, p.head_dim, *tile, k_in_place, k_tile[buffer], ready);
-        const auto v = view(p.v, head, p.v_head_dim, *tile, v_in_place, v_tile[buffer], ready);
+        const auto k = view(p.k, head, p.head_dim, *tile, k_in_place, k_tile[buffer], ahead);
+        const auto v = view(p.v, head, p.v_head_dim, *tile, v_in_place, v_tile[buffer], ahead);
+        // A single block is done with its tile when packing begins: one buffer, which then fits L1, will do.
+        const int fill = num_blocks == 1 ? buffer : buffer ^ 1;
         const bool same_tile = h + 1 < heads;
         ahead = same_tile || known;
         const KeyTile& coming = same_tile ? *tile : *next;
@@ -250,13 +250,14 @@ struct Forward {
                                           p.v_head_dim, seen, p.window, p.softcap, state, s_tile, &queue);
           });
           if (!(k_in_place && coming.contiguous) && first < keys) {
-            pack_rows_of_tile<S>(k_tile[buffer ^ 1], soon, first, last < keys ? last : keys, p.dtype, p.head_dim);
+            pack_rows_of_tile<S>(k_tile[fill], soon, first, last < keys ? last : keys, p.dtype, p.head_dim);
           }
           if (!(v_in_place && coming.contiguous) && last > keys) {
-            pack_rows_of_tile<S>(v_tile[buffer ^ 1], soon + keys, (first > keys ? first : keys) - keys, last - keys,
+            pack_rows_of_tile<S>(v_tile[fill], soon + keys, (first > keys ? first : keys) - keys, last - keys,
                                  p.dtype, p.v_head_dim);
           }
         }
+        buffer = fill;
       }
       KeyTile* done = tile;
       tile = next;

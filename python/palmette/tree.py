@@ -156,6 +156,8 @@ class Tree:
 
     def add_roots(self, count: int) -> Tensor:
         """Adds roots without tokens: new sequences of a batch. Returns their ids, int32 [count]."""
+        if int(count) < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
         return self._branch(-1, count)
 
     def prune(self, node: int) -> Tensor:

@@ -60,14 +60,14 @@ class Sample:
     Attributes:
         attention_ms: Per method, all layers' attention of the step.
         kv_tokens: Per method, KV tokens read per layer and KV head.
-        per_sequence_s: Time of the whole step with per-sequence attention.
+        per_sequence_s: Time of the whole step with per-sequence attention; None where it was left out.
         redundancy: Tokens on all sequences over tokens in the tree.
         queries: Tokens decoded in the step.
     """
 
     attention_ms: dict[str, float]
     kv_tokens: dict[str, int]
-    per_sequence_s: float
+    per_sequence_s: float | None
     redundancy: float
     queries: int
 
@@ -158,7 +158,7 @@ class MeasuredDecoder(TreeDecoder):
         self.record = Record()
         self.samples: list[Sample] = []
         self.ties: list[Difference] = []
-        self.on_sample: Callable[[TreeBatch, Any], None] | None = None
+        self.on_sample: Callable[[Any], None] | None = None  # called with the plan
         self._is_sampled = is_sampled
         self._repeats = repeats
         self._forwards: int | None = None  # not counted before start()
@@ -215,11 +215,12 @@ class MeasuredDecoder(TreeDecoder):
     def _sample(self, batch: TreeBatch, logits: torch.Tensor) -> None:
         plan = self._last_plan
         attention_ms, kv_tokens = self._attention_times(batch, plan)
-        seconds = self._per_sequence_step(batch, logits)
+        # the slowest by far: every other sample is enough of it
+        seconds = None if len(self.samples) % 2 else self._per_sequence_step(batch, logits)
         unique, total = plan.io.kv_tokens_unique, kv_tokens[SEQUENCES]
         self.samples.append(Sample(attention_ms, kv_tokens, seconds, total / unique, len(batch.nodes)))
         if self.on_sample is not None:
-            self.on_sample(batch, plan)
+            self.on_sample(plan)
 
     def _attention_times(self, batch: TreeBatch, plan: Any) -> tuple[dict[str, float], dict[str, int]]:
         """Milliseconds of every method's attention, on the q, k, v of the middle layer, times the layers."""

@@ -251,10 +251,14 @@ class Demo:
                 f"{name}: all methods must choose the same tokens. " + "; ".join(map(str, wrong))
             )
         samples = ours.samples
-        seconds = sum(sample.per_sequence_s for sample in samples)
-        per_step = [tokens_per_step or sample.queries for sample in samples]
-        rates = {**rates, SEQUENCES: sum(per_step) / seconds}
-        notes = {**(notes or {}), SEQUENCES: f"sampled {len(samples)} of {steps} steps"}
+        timed = [
+            (s.per_sequence_s, tokens_per_step or s.queries) for s in samples if s.per_sequence_s is not None
+        ]
+        rates = {
+            **rates,
+            SEQUENCES: sum(tokens for _, tokens in timed) / sum(seconds for seconds, _ in timed),
+        }
+        notes = {**(notes or {}), SEQUENCES: f"sampled {len(timed)} of {steps} steps"}
         rows = [
             MethodResult(
                 method,
@@ -268,10 +272,11 @@ class Demo:
         redundancy = _mean(sample.redundancy for sample in samples)
         return WorkloadResult(name, description, redundancy, steps, rows, [str(d) for d in differences])
 
-    def _picture(self, batch: Any, plan: Any) -> None:
+    def _picture(self, plan: Any) -> None:
         assert self.output is not None
-        if len(batch.nodes) > self._best_picture:
-            self._best_picture = len(batch.nodes)
+        nodes = plan.tree.order.numel()
+        if nodes > self._best_picture:  # the richest tree of those sampled
+            self._best_picture = nodes
             for suffix in ("svg", "png"):
                 plan.plot(self.output / f"tree.{suffix}")
 
