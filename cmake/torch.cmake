@@ -7,13 +7,13 @@ execute_process(
           "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
   OUTPUT_VARIABLE torch_dir OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 if(NOT torch_dir)
-  message(FATAL_ERROR "palmette needs torch >= 2.13 where it is built, and ${Python_EXECUTABLE} has none.")
+  message(FATAL_ERROR "palmette needs torch >= 2.13 to build, and ${Python_EXECUTABLE} has none.")
 endif()
 
 file(STRINGS "${torch_dir}/include/torch/headeronly/version.h" version_lines REGEX "define TORCH_VERSION \\\\|^  \"[0-9.]+\"")
 string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" PALMETTE_TORCH_VERSION "${version_lines}")
 if(PALMETTE_TORCH_VERSION VERSION_LESS 2.13)
-  message(FATAL_ERROR "palmette needs torch >= 2.13 where it is built, got ${PALMETTE_TORCH_VERSION} in ${torch_dir}.")
+  message(FATAL_ERROR "palmette needs torch >= 2.13 to build, got ${PALMETTE_TORCH_VERSION} in ${torch_dir}.")
 endif()
 
 add_library(palmette_torch INTERFACE)

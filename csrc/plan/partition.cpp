@@ -85,8 +85,9 @@ class Partitioner {
     }
   }
 
-  // Cuts the block into `parts` of equal cost, behind the cuts made so far. A cut moves to the edge of an item if that is near, because
-  // only cuts inside an item cost anything; else it goes between two of the kernel's tiles of keys.
+  // Cuts the block into `parts` of equal cost, behind the cuts made so far. A cut moves to the edge of an
+  // item if that is near, because only cuts inside an item cost anything; else it goes between two of the
+  // kernel's tiles of keys.
   void cut_equally(const Block& b, int64_t parts) {
     const size_t first = cuts_.size();
     cuts_.push_back(Cut{b.item_begin, 0});
@@ -171,12 +172,12 @@ class Partitioner {
   int64_t wanted_parts(const Block& b) const {
     const bool thin = 2 * b.thin_cost > b.cost;
     const double parts = std::ceil(b.cost * (thin ? kv_heads() : 1.0) / unit_cost_ - 0.05);
-    return std::max<int64_t>(1, thin ? std::min(static_cast<int64_t>(parts), b.keys / kMinThinKeys)
-                                     : static_cast<int64_t>(parts));
+    return std::max<int64_t>(
+        1, thin ? std::min(static_cast<int64_t>(parts), b.keys / kMinThinKeys) : static_cast<int64_t>(parts));
   }
 
-  // Items of many rows and items of few run differently: the kernel takes the latter several KV heads at a time, which
-  // reads a token-major pool in order. So where both matter they become tasks of their own, which
+  // Items of many rows and items of few run differently: the kernel takes the latter several KV heads at a
+  // time, which reads a token-major pool in order. So where both matter they become tasks of their own, which
   // makes the states of their queries partial.
   bool worth_separating(const Block& b, double allowed) const {
     const double thick_cost = b.cost - b.thin_cost;

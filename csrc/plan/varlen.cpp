@@ -155,10 +155,17 @@ IntArray check_indptr(const Tensor& t, const char* name, int64_t total, const ch
   return indptr;
 }
 
+// What a table has to spare is zero, so that equal plans are equal tensors.
+void fill_table(const int32_t* from, int64_t size, const Tensor& to) {
+  int32_t* data = int32_data(to);
+  std::copy_n(from, size, data);
+  std::fill(data + size, data + to.numel(), 0);
+}
+
 template <class Row>
-void copy_rows(const std::vector<Row>& from, const Tensor& to) {
-  std::copy_n(reinterpret_cast<const int32_t*>(from.data()), from.size() * (sizeof(Row) / sizeof(int32_t)),
-              int32_data(to));
+void fill_table(const std::vector<Row>& from, const Tensor& to) {
+  fill_table(reinterpret_cast<const int32_t*>(from.data()),
+             static_cast<int64_t>(from.size() * (sizeof(Row) / sizeof(int32_t))), to);
 }
 
 using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -202,11 +209,11 @@ PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool ca
   std::copy(draft.pos.begin(), draft.pos.end(), row + num_queries);
   std::copy(draft.depth.begin(), draft.depth.end(), row + 2 * num_queries);
   std::fill_n(row + 3 * num_queries, num_queries, 0);
-  copy_rows(plan.segment, segment);
-  copy_rows(plan.item, item);
-  copy_rows(plan.task, task);
-  copy_rows(plan.merge_ptr, merge_ptr);
-  copy_rows(plan.merge_row, merge_row);
+  fill_table(plan.segment, segment);
+  fill_table(plan.item, item);
+  fill_table(plan.task, task);
+  fill_table(plan.merge_ptr, merge_ptr);
+  fill_table(plan.merge_row, merge_row);
   int32_t* count = int32_data(counts);
   std::fill_n(count, kPlanCounts, 0);
   count[kNumQueries] = static_cast<int32_t>(num_queries);

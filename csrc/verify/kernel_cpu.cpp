@@ -16,6 +16,7 @@
 // on the number of threads; sums are taken in one order on every body, so all backends draw the same tokens.
 #include <atomic>
 #include <limits>
+#include <type_traits>
 
 #include "core/parallel.h"
 #include "cpu/vec.h"
@@ -25,20 +26,10 @@ namespace palmette::PALMETTE_ISA_NS {
 namespace {
 
 template <class E>
-struct Arithmetic {
-  using A = float;
-  static constexpr int kLanes = PALMETTE_LANES;
-};
-template <>
-struct Arithmetic<double> {
-  using A = double;
-  static constexpr int kLanes = 4;
-};
-
-template <class E>
 struct Pick {
-  using A = typename Arithmetic<E>::A;
-  using S = Simd<A, Arithmetic<E>::kLanes>;
+  static constexpr bool kDouble = std::is_same_v<E, double>;
+  using A = std::conditional_t<kDouble, double, float>;
+  using S = Simd<A, kDouble ? 4 : PALMETTE_LANES>;
   using V = typename S::V;
   using I = typename S::I;
   static constexpr int L = S::kLanes;
@@ -86,23 +77,19 @@ struct Pick {
   // p[0] + .. + p[count - 1]; `bad` when one of them is negative or NaN.
   static double chunk_sum(const E* p, int64_t count, bool& bad) {
     constexpr int kChains = 8;  // fixed, so that every body adds in the same order
+    using W = Simd<A, kChains>;
     double sum[kChains] = {};
-    bool good[kChains];
-    for (bool& g : good) g = true;
+    typename W::I good = W::splat_int(-1);
     int64_t i = 0;
     for (; i + kChains <= count; i += kChains) {
+      const typename W::V x = W::load(p + i);
+      good &= x >= W::zero();
 #pragma GCC unroll 8
-      for (int c = 0; c < kChains; ++c) {
-        const A x = S::to_scalar(p[i + c]);
-        sum[c] += static_cast<double>(x);
-        good[c] &= x >= A(0);
-      }
+      for (int c = 0; c < kChains; ++c) sum[c] += static_cast<double>(x[c]);
     }
+    bad = bad || W::any(~good);
     double total = 0;
-    for (int c = 0; c < kChains; ++c) {
-      total += sum[c];
-      bad = bad || !good[c];
-    }
+    for (int c = 0; c < kChains; ++c) total += sum[c];
     for (; i < count; ++i) {
       const A x = S::to_scalar(p[i]);
       total += static_cast<double>(x);
