@@ -15,7 +15,9 @@ from setuptools.command.build_ext import build_ext
 class CMakeBuild(build_ext):
     def run(self) -> None:
         if importlib.util.find_spec("torch") is None:
-            sys.exit("palmette needs torch >= 2.13 to build: install it, and pass --no-build-isolation to pip")
+            sys.exit(
+                "palmette needs torch >= 2.13 to build: install it, and pass --no-build-isolation to pip"
+            )
         package = Path("python" if self.inplace else self.build_lib).resolve() / "palmette"
         build = "build" if self.inplace else self.build_temp
         options = [f"-DPALMETTE_LIBRARY_DIR={package / 'lib'}", f"-DPython_EXECUTABLE={sys.executable}"]

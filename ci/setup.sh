@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# ci/setup.sh <extra>...: makes .venv and installs torch, the build tools and the extras of pyproject.toml there; then
-# `ci/setup.sh` builds the library into the source tree. Does nothing that was done before.
+# ci/setup.sh <extra>...: makes .venv, installs torch, the build tools and the extras of pyproject.toml there, and builds
+# the library into the source tree (not with the extra "none"). Does nothing that was done before.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -73,6 +73,7 @@ install_palmette() {
 project=$(sha256sum pyproject.toml setup.py version.txt | sha256sum)
 once torch "$TORCH" install_torch
 once tools "$project" install_tools
+if [ "$*" = none ]; then exit; fi
 for extra in "$@"; do
   once "$extra" "$project $TORCH" install_extra "$extra"
   if [ "$extra" = demo ]; then once model 0.1.2 install_model; fi

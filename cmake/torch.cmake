@@ -18,6 +18,7 @@ endif()
 
 add_library(palmette_torch INTERFACE)
 target_include_directories(palmette_torch SYSTEM INTERFACE "${torch_dir}/include")
+target_compile_options(palmette_torch INTERFACE "-ffile-prefix-map=${torch_dir}/=") # messages name torch's headers
 # The oldest torch whose stable ABI the library may use: it loads in that one and in every later one.
 target_compile_definitions(palmette_torch INTERFACE TORCH_TARGET_VERSION=0x020d000000000000)
 target_link_libraries(palmette_torch INTERFACE "${torch_dir}/lib/libtorch_cpu.so" "${torch_dir}/lib/libc10.so")

@@ -5,8 +5,8 @@
 //   m' = max(m, max_k S),  P = 2^(S - m'),  c = 2^(m - m')
 //   l' = c l + sum_k P,    O' = c O + P V
 //
-// Lanes hold rows (cpu/rows.h), so maximum, sum and rescaling are vertical and the rescaling of O rides on the
-// load of the accumulators. m starts at -1e30, not -inf: m - m' is then never NaN, and a row that has
+// Lanes hold rows (cpu/rows.h), so maximum, sum and rescaling are vertical and the rescaling of O rides on
+// the load of the accumulators. m starts at -1e30, not -inf: m - m' is then never NaN, and a row that has
 // seen no key keeps l = 0.
 #pragma once
 
@@ -33,7 +33,8 @@ template <class S>
 PALMETTE_INLINE Visibility tile_visibility(const KeyTile& t, const BlockRows<S>& r, int window) {
   if (t.min_lo > r.max_pos || t.max_hi <= r.min_pos) return Visibility::kNone;
   if (window > 0 && r.min_depth - t.max_depth >= window) return Visibility::kNone;
-  const bool all = t.max_lo <= r.min_pos && t.min_hi > r.max_pos && (window <= 0 || r.max_depth - t.min_depth < window);
+  const bool all =
+      t.max_lo <= r.min_pos && t.min_hi > r.max_pos && (window <= 0 || r.max_depth - t.min_depth < window);
   return all ? Visibility::kAll : Visibility::kSome;
 }
 
@@ -44,7 +45,8 @@ PALMETTE_INLINE bool key_may_be_seen(const KeyTile& t, int k, const BlockRows<S>
 
 // Mask of the lanes that see key k.
 template <class S>
-PALMETTE_INLINE typename S::I lanes_that_see(const KeyTile& t, int k, const BlockRows<S>& r, int u, int window) {
+PALMETTE_INLINE typename S::I lanes_that_see(const KeyTile& t, int k, const BlockRows<S>& r, int u,
+                                             int window) {
   const typename S::I pos = S::load_int(r.pos + u * S::kLanes);
   typename S::I see = (pos >= S::splat_int(t.lo[k])) & (pos < S::splat_int(t.hi[k]));
   if (window > 0) see &= (S::load_int(r.depth + u * S::kLanes) - t.depth[k]) < S::splat_int(window);
@@ -53,13 +55,13 @@ PALMETTE_INLINE typename S::I lanes_that_see(const KeyTile& t, int k, const Bloc
 
 // S[key][rows] = sum_d K[key][d] Q[d][rows] for keys [0, n).
 template <class B>
-PALMETTE_INLINE void scores(const TileView<typename B::S::Scalar>& k, int n, const typename B::S::Scalar* q, int d,
-                            typename B::S::Scalar* s, int64_t lds, PrefetchQueue* soon = nullptr) {
+PALMETTE_INLINE void scores(const TileView<typename B::S::Scalar>& k, int n, const typename B::S::Scalar* q,
+                            int d, typename B::S::Scalar* s, int64_t lds, PrefetchQueue* soon = nullptr) {
   constexpr int NU = B::NU, P = B::P;
   const int steps = B::steps(d);
   auto run = [&]<int MR>(std::integral_constant<int, MR>, int i) {
-    multiply_block<typename B::S, MR, NU, P, true, Start::kZero>(k.data + i * k.stride, k.stride, q, B::kWidth,
-                                                                 s + i * lds, lds, steps, nullptr, soon);
+    multiply_block<typename B::S, MR, NU, P, true, Start::kZero>(
+        k.data + i * k.stride, k.stride, q, B::kWidth, s + i * lds, lds, steps, nullptr, soon);
   };
   constexpr int kMain = NU == 2 ? 6 : 12;
   int i = 0;
@@ -74,14 +76,14 @@ PALMETTE_INLINE void scores(const TileView<typename B::S::Scalar>& k, int n, con
 
 // O[d][rows] = O + sum_k V[k][d] P[k][rows] for keys [0, n), where O starts as kStart says (scale: [rows]).
 template <class B, Start kStart>
-PALMETTE_INLINE void accumulate(const TileView<typename B::S::Scalar>& v, int n, const typename B::S::Scalar* p,
-                                int64_t ldp, typename B::S::Scalar* o, int d,
+PALMETTE_INLINE void accumulate(const TileView<typename B::S::Scalar>& v, int n,
+                                const typename B::S::Scalar* p, int64_t ldp, typename B::S::Scalar* o, int d,
                                 const typename B::S::Scalar* scale = nullptr, PrefetchQueue* soon = nullptr) {
   constexpr int NU = B::NU, P = B::P;
   const int steps = B::steps(d);
   auto run = [&]<int MR>(std::integral_constant<int, MR>, int i) {
-    multiply_block<typename B::S, MR, NU, P, false, kStart>(v.data + i * P, v.stride, p, ldp, o + i * B::kWidth,
-                                                            B::kWidth, n, scale, soon);
+    multiply_block<typename B::S, MR, NU, P, false, kStart>(v.data + i * P, v.stride, p, ldp,
+                                                            o + i * B::kWidth, B::kWidth, n, scale, soon);
   };
   constexpr int kMain = NU == 2 ? 6 : 12;
   int i = 0;
@@ -94,7 +96,8 @@ PALMETTE_INLINE void accumulate(const TileView<typename B::S::Scalar>& v, int n,
   for (; i < steps; ++i) run(std::integral_constant<int, 1>{}, i);
 }
 
-// The same where V (or K) holds inf or NaN that some row must not see: a weight of exactly 0 contributes nothing.
+// The same where V (or K) holds inf or NaN that some row must not see: a weight of exactly 0 contributes
+// nothing.
 template <class B, Start kStart>
 __attribute__((noinline)) void accumulate_visible(const TileView<typename B::S::Scalar>& v, int n,
                                                   const typename B::S::Scalar* p, int64_t ldp,
@@ -168,7 +171,8 @@ __attribute__((noinline)) void attend_block(const KeyTile& t, const TileView<typ
     for (int i = 0; i < n; ++i) {
       for (int u = 0; u < B::NU; ++u) {
         T* at = s + i * W + u * N;
-        S::store(at, S::select(lanes_that_see<S>(t, begin + i, rows, u, window), S::load(at), S::splat(-INFINITY)));
+        S::store(at, S::select(lanes_that_see<S>(t, begin + i, rows, u, window), S::load(at),
+                               S::splat(-INFINITY)));
       }
     }
   }

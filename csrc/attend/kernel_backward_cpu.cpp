@@ -4,12 +4,12 @@
 //   P = exp(S - lse),  D_i = sum(dO_i * O_i) - dlse_i,  dP = dO V^T,  dS = scale P * (dP - D)
 //   dQ = dS K,   dK = dS^T Q,   dV = P^T dO,   dsink_h = -sum_i exp(sink_h - lse_i) D_i
 //
-// One worker owns a KV head (or a head and one of a few groups of query tiles with a dK, dV copy of their own), so all
-// three gradients accumulate in place, in the plan's order: no atomics, five products instead of the
-// seven of a separate pass per output, and the same bits for any number of threads.
+// One worker owns a KV head (or a head and one of a few groups of query tiles with a dK, dV copy of their
+// own), so all three gradients accumulate in place, in the plan's order: no atomics, five products instead of
+// the seven of a separate pass per output, and the same bits for any number of threads.
 //
-// Data flow of a task: Q, dO --pack--> lanes (for S, dP) and rows (for dK, dV); then per key tile and group of
-// kGroupRows rows
+// Data flow of a task: Q, dO --pack--> lanes (for S, dP) and rows (for dK, dV); then per key tile and group
+// of kGroupRows rows
 //
 //   S, dP [keys][rows] (rows in lanes) -> P, dS -> dQ += K^T dS (rows in lanes)
 //                                               -> dV += P dO, dK += dS Q (head_dim in lanes)
@@ -40,12 +40,12 @@ struct Backward {
   const AttendParams& p;
   const int group;
   const int64_t d_pad, dv_pad;
-  T *q_lanes, *do_lanes, *dq_lanes;       // [blocks][d_pad][W]
-  T *q_rows, *do_rows;                    // [rows][d_pad]
-  T *lse, *delta;                         // [rows], log2 units / D_i
-  Int *pos, *depth;                       // [rows]: of the query, or of no query for this item
+  T *q_lanes, *do_lanes, *dq_lanes;        // [blocks][d_pad][W]
+  T *q_rows, *do_rows;                     // [rows][d_pad]
+  T *lse, *delta;                          // [rows], log2 units / D_i
+  Int *pos, *depth;                        // [rows]: of the query, or of no query for this item
   T *k_tile, *v_tile, *dk_tile, *dv_tile;  // [kTileKeys][...]
-  T *prob, *dscore;                       // [kTileKeys][kGroupRows]
+  T *prob, *dscore;                        // [kTileKeys][kGroupRows]
   KeyTile* tile;
   int64_t rows_capacity;
 
@@ -158,8 +158,8 @@ struct Backward {
   }
 
   // P and dS of one block into columns [column, column + W) of the group's buffers.
-  void block_gradients(const TileView<T>& k, const TileView<T>& v, int64_t first, int column, const BlockRows<S>& rows,
-                       Visibility visible) {
+  void block_gradients(const TileView<T>& k, const TileView<T>& v, int64_t first, int column,
+                       const BlockRows<S>& rows, Visibility visible) {
     const int n = tile->count;
     T* pr = prob + column;
     T* ds = dscore + column;
@@ -350,7 +350,8 @@ namespace palmette {
 
 template <>
 int64_t attend_backward_scratch_bytes<Isa::PALMETTE_ISA_NS>(const AttendParams& p, int64_t rows) {
-  return p.dtype == DType::f64 ? PALMETTE_ISA_NS::measure<double>(p, rows) : PALMETTE_ISA_NS::measure<float>(p, rows);
+  return p.dtype == DType::f64 ? PALMETTE_ISA_NS::measure<double>(p, rows)
+                               : PALMETTE_ISA_NS::measure<float>(p, rows);
 }
 
 template <>

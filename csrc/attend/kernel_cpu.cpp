@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // attend on the CPU: softmax attention of query rows to the keys that a plan lets them see.
 //
-//   out_i = sum_k p_ik v_k / l_i,   p_ik = exp(scale q_i . k_k - max),   l_i = sum_k p_ik,   lse_i = max + ln l_i
+//   out_i = sum_k p_ik v_k / l_i,   p_ik = exp(scale q_i . k_k - max),   l_i = sum_k p_ik,   lse_i = max + ln
+//   l_i
 //
 // Data flow of one unit (a task and some KV heads):
 //
@@ -39,8 +40,8 @@ constexpr int64_t padded(int64_t d) {
 struct Block {
   int shape;  // index into the shapes that for_each_block can produce
   int row, count;
-  int64_t lane;         // first lane in the per-row arrays
-  int64_t q_at, o_at;   // offsets into the packed Q and O of one head
+  int64_t lane;        // first lane in the per-row arrays
+  int64_t q_at, o_at;  // offsets into the packed Q and O of one head
   int32_t min_pos, max_pos, min_depth, max_depth;
 };
 
@@ -53,9 +54,12 @@ template <class S, class F>
 PALMETTE_INLINE void with_shape(int code, F&& f) {
   constexpr int N = S::kLanes;
   switch (code) {
-    case 0: return f(BlockShape<S, 2, 1>{});
-    case 1: return f(BlockShape<S, 1, 1>{});
-    case 2: return f(BlockShape<S, 1, 2>{});
+    case 0:
+      return f(BlockShape<S, 2, 1>{});
+    case 1:
+      return f(BlockShape<S, 1, 1>{});
+    case 2:
+      return f(BlockShape<S, 1, 2>{});
     case 4:
       if constexpr (N >= 4) return f(BlockShape<S, 1, 4>{});
       break;
@@ -75,19 +79,19 @@ struct Forward {
   static constexpr int N = S::kLanes;
 
   const AttendParams& p;
-  const int group;            // query heads per KV head
+  const int group;  // query heads per KV head
   const int64_t d_pad, dv_pad;
   // scratch of this worker
-  T *o_rows, *m_rows, *l_rows;            // row states: [heads][rows][dv_pad], [heads][rows]
+  T *o_rows, *m_rows, *l_rows;               // row states: [heads][rows][dv_pad], [heads][rows]
   T *q_lanes, *o_lanes, *m_lanes, *l_lanes;  // blocks: [heads][...]
   Int *pos_lanes, *depth_lanes;
-  bool* touched;                          // [heads][blocks]
+  bool* touched;  // [heads][blocks]
   Block* blocks;
   T *k_tile[2], *v_tile[2], *s_tile;  // of K and V: the tile at work and the one after it
-  KeyTile* tiles;       // [2]: the one at work and the one after it
-  const char** soon;    // [2 * kMaxTileKeys]: rows of K, then of V, of the tile after
-  int buffer = 0;       // which of k_tile and v_tile is at work
-  bool ahead = false;   // the tile that comes next is packed already
+  KeyTile* tiles;                     // [2]: the one at work and the one after it
+  const char** soon;                  // [2 * kMaxTileKeys]: rows of K, then of V, of the tile after
+  int buffer = 0;                     // which of k_tile and v_tile is at work
+  bool ahead = false;                 // the tile that comes next is packed already
   int64_t lane_capacity, block_capacity, rows_capacity;
 
   static int64_t lanes_for(int64_t rows) { return rows + 3 * N; }
@@ -176,7 +180,8 @@ struct Forward {
   }
 
   // K or V of the tile at work: in place, packed ahead while the tile before it was at work, or packed now.
-  TileView<T> view(const Strided& x, int head, int d, const KeyTile& t, bool in_place, T* packed, bool ready) {
+  TileView<T> view(const Strided& x, int head, int d, const KeyTile& t, bool in_place, T* packed,
+                   bool ready) {
     if (in_place && t.contiguous) {
       return {static_cast<const T*>(x.data) + head * x.head + t.slot[0] * x.token, x.token};
     }
@@ -195,14 +200,15 @@ struct Forward {
     const int heads = unit.head_count;
     const int64_t q_head = lane_capacity * d_pad, o_head = lane_capacity * dv_pad;
     for (int h = 0; h < heads; ++h) {
-      with_dtype([&]<class E>(E) { pack_queries<E>(item, num_blocks, unit.head_begin + h, q_lanes + h * q_head); });
+      with_dtype(
+          [&]<class E>(E) { pack_queries<E>(item, num_blocks, unit.head_begin + h, q_lanes + h * q_head); });
     }
     for (int64_t i = 0; i < heads * lane_capacity; ++i) m_lanes[i] = T(kEmptyMax), l_lanes[i] = 0;
     for (int64_t i = 0; i < heads * block_capacity; ++i) touched[i] = false;
 
-    // Blocks share out the rows of the tile that comes next: each asks for its part while it multiplies, and the part is
-    // packed when the block is done. So the pool is read evenly, and rows do not wait in caches that their stride
-    // makes them share.
+    // Blocks share out the rows of the tile that comes next: each asks for its part while it multiplies, and
+    // the part is packed when the block is done. So the pool is read evenly, and rows do not wait in caches
+    // that their stride makes them share.
     const bool k_in_place = streams_in_place<S>(p.k, p.dtype, p.head_dim);
     const bool v_in_place = streams_in_place<S>(p.v, p.dtype, p.v_head_dim);
     const int widest = p.head_dim > p.v_head_dim ? p.head_dim : p.v_head_dim;
@@ -216,7 +222,8 @@ struct Forward {
       bool known = more;  // the tile after this one, be it of the next item
       if (!more && index + 1 < task.item_end && p.window <= 0) {
         const PlanItem& after = p.plan.item[index + 1];
-        known = KeyCursor(p.plan, after, 0, 0).next(*next, tile_keys((after.query_end - after.query_begin) * group));
+        known = KeyCursor(p.plan, after, 0, 0)
+                    .next(*next, tile_keys((after.query_end - after.query_begin) * group));
       }
       for (int h = 0; h < heads; ++h) {
         const int head = unit.head_begin + h;
@@ -236,18 +243,20 @@ struct Forward {
         int finite = -1;  // not yet known
         for (int b = 0; b < num_blocks; ++b) {
           const Block& block = blocks[b];
-          const BlockRows<S> seen{pos_lanes + block.lane, depth_lanes + block.lane, block.min_pos, block.max_pos,
-                                  block.min_depth,        block.max_depth};
+          const BlockRows<S> seen{pos_lanes + block.lane, depth_lanes + block.lane, block.min_pos,
+                                  block.max_pos,          block.min_depth,          block.max_depth};
           if (finite < 0 && tile_visibility<S>(*tile, seen, p.window) == Visibility::kSome) {
             finite = tile_is_finite<S>(v, tile->count, p.v_head_dim);
           }
-          const BlockState<T> state{o_lanes + h * o_head + block.o_at, m_lanes + h * lane_capacity + block.lane,
-                                    l_lanes + h * lane_capacity + block.lane, touched + h * block_capacity + b};
+          const BlockState<T> state{
+              o_lanes + h * o_head + block.o_at, m_lanes + h * lane_capacity + block.lane,
+              l_lanes + h * lane_capacity + block.lane, touched + h * block_capacity + b};
           const int first = 2 * keys * b / num_blocks, last = 2 * keys * (b + 1) / num_blocks;
           PrefetchQueue queue{soon + first, soon + last, lines};
           with_shape<S>(block.shape, [&](auto shape) {
-            attend_block<decltype(shape)>(*tile, k, v, finite != 0, q_lanes + h * q_head + block.q_at, p.head_dim,
-                                          p.v_head_dim, seen, p.window, p.softcap, state, s_tile, &queue);
+            attend_block<decltype(shape)>(*tile, k, v, finite != 0, q_lanes + h * q_head + block.q_at,
+                                          p.head_dim, p.v_head_dim, seen, p.window, p.softcap, state, s_tile,
+                                          &queue);
           });
           if (!(k_in_place && coming.contiguous) && first < keys) {
             pack_rows_of_tile<S>(k_tile[fill], soon, first, last < keys ? last : keys, p.dtype, p.head_dim);
@@ -344,7 +353,8 @@ struct Forward {
       m = top;
     }
     const int64_t index = p.plan.query_index[j];
-    static_cast<T*>(p.lse)[index * p.num_q_heads + head] = l == 0 ? -T(INFINITY) : (m + std::log2(l)) * T(kLn2);
+    static_cast<T*>(p.lse)[index * p.num_q_heads + head] =
+        l == 0 ? -T(INFINITY) : (m + std::log2(l)) * T(kLn2);
     const T factor = l == 0 ? T(0) : weight / l;
     with_dtype([&]<class E>(E) {
       E* dst = static_cast<E*>(p.out.data) + index * p.out.token + head * p.out.head;

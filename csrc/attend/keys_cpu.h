@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Walks the keys of an item, a tile at a time, and brings K and V tiles into a form the micro-kernel can stream.
+// Walks the keys of an item, a tile at a time, and brings K and V tiles into a form the micro-kernel can
+// stream.
 #pragma once
 
 #include "attend/params.h"
@@ -86,8 +87,8 @@ struct TileView {
   int64_t stride;  // elements between keys
 };
 
-// Rows of a packed tile are this far apart: whole vectors, and an odd number of half cache lines, because rows a
-// multiple of 512 bytes apart share cache sets (12 rows at a time drop from 80 to 66 GFLOP/s).
+// Rows of a packed tile are this far apart: whole vectors, and an odd number of half cache lines, because
+// rows a multiple of 512 bytes apart share cache sets (12 rows at a time drop from 80 to 66 GFLOP/s).
 template <class S>
 constexpr int64_t packed_stride(int64_t d) {
   return (d + 2 * S::kLanes - 1) / (2 * S::kLanes) * (2 * S::kLanes) + 8;
@@ -108,8 +109,8 @@ PALMETTE_INLINE void pack_row(typename S::Scalar* row, const E* src, int d, int6
 
 // Rows [begin, end) of a tile into their places in `buffer`; rows[i] points at the row of key i.
 template <class S>
-__attribute__((noinline)) void pack_rows_of_tile(typename S::Scalar* buffer, const char* const* rows, int begin, int end,
-                                                 DType dtype, int d) {
+__attribute__((noinline)) void pack_rows_of_tile(typename S::Scalar* buffer, const char* const* rows,
+                                                 int begin, int end, DType dtype, int d) {
   const int64_t stride = packed_stride<S>(d);
   auto run = [&]<class E>(E) {
     for (int i = begin; i < end; ++i) {
@@ -132,7 +133,8 @@ inline void point_at_rows(const Strided& x, DType dtype, int head, const KeyTile
   for (int i = 0; i < t.count; ++i) rows[i] = base + t.slot[i] * x.token * size;
 }
 
-// Can the micro-kernel stream K or V as it lies in the pool? Rows a kilobyte and more apart share too few cache sets.
+// Can the micro-kernel stream K or V as it lies in the pool? Rows a kilobyte and more apart share too few
+// cache sets.
 template <class S>
 bool streams_in_place(const Strided& x, DType dtype, int d) {
   const bool native = dtype == (sizeof(typename S::Scalar) == 8 ? DType::f64 : DType::f32);

@@ -29,8 +29,8 @@ void check_table(const Tensor& t, const char* name, const char* shape, int64_t c
   if (columns > 0) require(t.size(1) == columns, name, shape, shape_text(t));
 }
 
-// Every index of the plan is checked against what it indexes, so that no kernel can leave its arrays. This reads each key's
-// slot once: 4 bytes per key, against kilobytes of K and V.
+// Every index of the plan is checked against what it indexes, so that no kernel can leave its arrays. This
+// reads each key's slot once: 4 bytes per key, against kilobytes of K and V.
 PlanView view_plan(const PlanTensors& t, int64_t num_rows_q, int64_t num_slots, int64_t num_kv_heads) {
   check_table(t.slots, "slots", "[tokens]", 0);
   check_table(t.segment, "segment", "[capacity, 6]", 6);
@@ -42,14 +42,18 @@ PlanView view_plan(const PlanTensors& t, int64_t num_rows_q, int64_t num_slots, 
   check_cpu(t.query, "query");
   check_dtype(t.query, "query", {ScalarType::Int});
   check_dim(t.query, "query", "[4, capacity]", 2);
-  require(t.query.size(0) == 4 && t.query.is_contiguous(), "query", "contiguous [4, capacity]", shape_text(t.query));
+  require(t.query.size(0) == 4 && t.query.is_contiguous(), "query", "contiguous [4, capacity]",
+          shape_text(t.query));
   require(t.counts.numel() >= 16, "counts", "[16]", shape_text(t.counts));
 
   const int32_t* counts = t.counts.const_data_ptr<int32_t>();
-  const int64_t queries = counts[0], segments = counts[1], items = counts[2], tasks = counts[3], partials = counts[4];
-  require(queries == num_rows_q, "q", text("[", queries, ", Hq, D] (the plan's queries)"), num_rows_q, " rows");
+  const int64_t queries = counts[0], segments = counts[1], items = counts[2], tasks = counts[3],
+                partials = counts[4];
+  require(queries == num_rows_q, "q", text("[", queries, ", Hq, D] (the plan's queries)"), num_rows_q,
+          " rows");
   auto within = [](int64_t count, int64_t capacity, const char* name) {
-    require(count >= 0 && count <= capacity, "counts", text("within the capacity of ", name), count, " of ", capacity);
+    require(count >= 0 && count <= capacity, "counts", text("within the capacity of ", name), count, " of ",
+            capacity);
   };
   within(queries, t.query.size(1), "query");
   within(queries, t.merge_ptr.numel() - 1, "merge_ptr");
@@ -73,7 +77,8 @@ PlanView view_plan(const PlanTensors& t, int64_t num_rows_q, int64_t num_slots, 
   p.num_partials = static_cast<int32_t>(partials);
 
   auto range = [](int64_t begin, int64_t end, int64_t low, int64_t high, const char* name) {
-    require(begin >= low && begin <= end && end <= high, name, text("within [", low, ", ", high, ")"), begin, " to ", end);
+    require(begin >= low && begin <= end && end <= high, name, text("within [", low, ", ", high, ")"), begin,
+            " to ", end);
   };
   int32_t worst = -1, least = 0;
   for (int64_t i = 0; i < segments; ++i) {
@@ -85,17 +90,21 @@ PlanView view_plan(const PlanTensors& t, int64_t num_rows_q, int64_t num_slots, 
       least = std::min(least, slot[k]);
     }
   }
-  require(worst < num_slots && least >= 0, "slots", text("in [0, ", num_slots, ") (the rows of k)"), worst < num_slots ? least : worst);
+  require(worst < num_slots && least >= 0, "slots", text("in [0, ", num_slots, ") (the rows of k)"),
+          worst < num_slots ? least : worst);
   for (int64_t i = 0; i < queries; ++i) {
-    require(p.query_index[i] >= 0 && p.query_index[i] < queries, "query", text("an index into q's ", queries, " rows"), p.query_index[i]);
+    require(p.query_index[i] >= 0 && p.query_index[i] < queries, "query",
+            text("an index into q's ", queries, " rows"), p.query_index[i]);
   }
   for (int64_t i = 0; i < tasks; ++i) {
     const PlanTask& task = p.task[i];
     range(task.query_begin, task.query_end, 0, queries, "task");
     range(task.item_begin, task.item_end, 0, items, "task");
-    require(task.kv_head >= -1 && task.kv_head < num_kv_heads, "task", text("of a KV head below ", num_kv_heads), task.kv_head);
+    require(task.kv_head >= -1 && task.kv_head < num_kv_heads, "task",
+            text("of a KV head below ", num_kv_heads), task.kv_head);
     const int32_t count = task.query_end - task.query_begin;
-    if (task.partial_begin >= 0) range(task.partial_begin, int64_t{task.partial_begin} + count, 0, partials, "task");
+    if (task.partial_begin >= 0)
+      range(task.partial_begin, int64_t{task.partial_begin} + count, 0, partials, "task");
     p.max_task_queries = std::max(p.max_task_queries, count);
     for (int32_t k = task.item_begin; k < task.item_end; ++k) {
       range(p.item[k].segment_begin, p.item[k].segment_end, 0, segments, "item");
@@ -105,14 +114,16 @@ PlanView view_plan(const PlanTensors& t, int64_t num_rows_q, int64_t num_slots, 
   if (partials > 0) {
     for (int64_t i = 0; i < queries; ++i) range(p.merge_ptr[i], p.merge_ptr[i + 1], 0, partials, "merge_ptr");
     for (int64_t i = 0; i < partials; ++i) {
-      require(p.merge_row[i] >= 0 && p.merge_row[i] < partials, "merge_row", text("below ", partials), p.merge_row[i]);
+      require(p.merge_row[i] >= 0 && p.merge_row[i] < partials, "merge_row", text("below ", partials),
+              p.merge_row[i]);
     }
   }
   return p;
 }
 
 Strided strided(const Tensor& t, const char* name) {
-  require(t.size(2) == 0 || t.stride(2) == 1 || t.size(2) == 1, name, "contiguous in its last dimension", "stride ", t.stride(2));
+  require(t.size(2) == 0 || t.stride(2) == 1 || t.size(2) == 1, name, "contiguous in its last dimension",
+          "stride ", t.stride(2));
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
 }
 
@@ -138,7 +149,8 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
   require(k.size(2) == q.size(2), "k", text("of q's head_dim ", q.size(2)), k.size(2));
   require(p.head_dim > 0, "head_dim", "at least 1", p.head_dim);
   require(p.v_head_dim > 0, "v's head_dim", "at least 1", p.v_head_dim);
-  require(v.size(0) == k.size(0) && v.size(1) == k.size(1), "v", text("[", k.size(0), ", ", k.size(1), ", Dv] like k"), shape_text(v));
+  require(v.size(0) == k.size(0) && v.size(1) == k.size(1), "v",
+          text("[", k.size(0), ", ", k.size(1), ", Dv] like k"), shape_text(v));
   require(p.num_kv_heads > 0 && p.num_q_heads > 0 && p.num_q_heads % p.num_kv_heads == 0, "q",
           text("of a multiple of k's ", p.num_kv_heads, " heads"), p.num_q_heads);
   require(softcap >= 0, "softcap", "at least 0", softcap);
@@ -161,9 +173,9 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
 }
 
 // How many KV heads a worker takes at a time. In a token-major pool ([slots, Hk, D]) the heads of a token are
-// neighbours, so a task whose items have few rows reads several heads per tile, while their packed rows fit the L2 cache and
-// the states of the whole task stay below a megabyte; never so many that fewer than kMinUnits units are left to
-// share out. No result depends on it.
+// neighbours, so a task whose items have few rows reads several heads per tile, while their packed rows fit
+// the L2 cache and the states of the whole task stay below a megabyte; never so many that fewer than
+// kMinUnits units are left to share out. No result depends on it.
 int64_t heads_at_a_time(const AttendParams& p, const PlanTask& task) {
   constexpr int64_t kHotBytes = 192 << 10, kStateBytes = 512 << 10, kMinUnits = 16;
   if (p.k.token <= p.k.head) return 1;
@@ -190,7 +202,8 @@ std::vector<AttendUnit> forward_units(const AttendParams& p) {
     const int64_t heads = heads_at_a_time(p, task);
     const int64_t parts = (p.num_kv_heads + heads - 1) / heads;
     for (int64_t i = 0; i < parts; ++i) {
-      const auto begin = static_cast<int32_t>(i * p.num_kv_heads / parts), end = static_cast<int32_t>((i + 1) * p.num_kv_heads / parts);
+      const auto begin = static_cast<int32_t>(i * p.num_kv_heads / parts),
+                 end = static_cast<int32_t>((i + 1) * p.num_kv_heads / parts);
       units.push_back({t, t + 1, begin, end - begin, 0});
     }
   }
@@ -218,27 +231,34 @@ void run_forward(AttendParams& p, const Tensor& q, const Tensor& out, const Tens
     p.scratch_bytes = attend_scratch_bytes<isa>(p, 1, 1);
     for (const AttendUnit& u : units) {
       const PlanTask& task = p.plan.task[u.task_begin];
-      p.scratch_bytes = std::max(p.scratch_bytes, attend_scratch_bytes<isa>(p, (task.query_end - task.query_begin) * group, u.head_count));
+      p.scratch_bytes =
+          std::max(p.scratch_bytes,
+                   attend_scratch_bytes<isa>(p, (task.query_end - task.query_begin) * group, u.head_count));
     }
     attend<isa>(p);
   });
 }
 
-std::tuple<Tensor, Tensor> attend_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots, const Tensor& query,
-                                     const Tensor& segment, const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
-                                     const Tensor& merge_row, const Tensor& counts, const std::optional<Tensor>& sinks, double scale,
+std::tuple<Tensor, Tensor> attend_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+                                     const Tensor& query, const Tensor& segment, const Tensor& item,
+                                     const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row,
+                                     const Tensor& counts, const std::optional<Tensor>& sinks, double scale,
                                      double softcap, int64_t window) {
-  AttendParams p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks, scale, softcap, window);
+  AttendParams p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts},
+                               sinks, scale, softcap, window);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, state_type(p.dtype));
   run_forward(p, q, out, lse);
   return {out, lse};
 }
 
-void attend_out_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots, const Tensor& query, const Tensor& segment,
-                   const Tensor& item, const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row, const Tensor& counts,
-                   const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window, Tensor out, Tensor lse) {
-  AttendParams p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks, scale, softcap, window);
+void attend_out_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+                   const Tensor& query, const Tensor& segment, const Tensor& item, const Tensor& task,
+                   const Tensor& merge_ptr, const Tensor& merge_row, const Tensor& counts,
+                   const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window,
+                   Tensor out, Tensor lse) {
+  AttendParams p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts},
+                               sinks, scale, softcap, window);
   check_cpu(out, "out");
   check_cpu(lse, "lse");
   check_dtype(out, "out", {q.scalar_type()});
@@ -276,7 +296,8 @@ std::vector<AttendUnit> backward_units(const AttendParams& p, int32_t& groups) {
   for (int32_t t = 0, c = 0; t < p.plan.num_tasks; ++t) {
     while (c < static_cast<int32_t>(cuts.size()) && cuts[static_cast<size_t>(c)] < t) ++c;
     const bool may_cut = c < static_cast<int32_t>(cuts.size()) && cuts[static_cast<size_t>(c)] == t;
-    if (may_cut && t > 0 && static_cast<int32_t>(first.size()) < wanted && seen * wanted >= total * static_cast<int64_t>(first.size())) {
+    if (may_cut && t > 0 && static_cast<int32_t>(first.size()) < wanted &&
+        seen * wanted >= total * static_cast<int64_t>(first.size())) {
       first.push_back(t);
     }
     seen += cost[static_cast<size_t>(t)];
@@ -285,24 +306,28 @@ std::vector<AttendUnit> backward_units(const AttendParams& p, int32_t& groups) {
   first.push_back(p.plan.num_tasks);
   std::vector<AttendUnit> units;
   for (int32_t g = 0; g < groups; ++g) {
-    for (int32_t h = 0; h < p.num_kv_heads; ++h) units.push_back({first[static_cast<size_t>(g)], first[static_cast<size_t>(g) + 1], h, 1, g});
+    for (int32_t h = 0; h < p.num_kv_heads; ++h)
+      units.push_back({first[static_cast<size_t>(g)], first[static_cast<size_t>(g) + 1], h, 1, g});
   }
   return units;
 }
 
 Tensor finish_gradient(const Tensor& sum, ScalarType dtype) {
-  Tensor t = sum.size(0) == 1 ? torch::stable::select(sum, 0, 0) : torch::stable::sum(sum, std::vector<int64_t>{0});
+  Tensor t =
+      sum.size(0) == 1 ? torch::stable::select(sum, 0, 0) : torch::stable::sum(sum, std::vector<int64_t>{0});
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
-    const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const Tensor& slots, const Tensor& query, const Tensor& segment, const Tensor& item, const Tensor& task,
-    const Tensor& merge_ptr, const Tensor& merge_row, const Tensor& counts, const std::optional<Tensor>& sinks, double scale,
+    const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& slots, const Tensor& query,
+    const Tensor& segment, const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
+    const Tensor& merge_row, const Tensor& counts, const std::optional<Tensor>& sinks, double scale,
     double softcap, int64_t window) {
   AttendBackwardParams b{};
   AttendParams& p = b.forward;
-  p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks, scale, softcap, window);
+  p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks, scale,
+                  softcap, window);
   const ScalarType state = state_type(p.dtype);
   check_dtype(dout_, "dout", {q.scalar_type()});
   check_shape(dout_, "dout", "[Nq, Hq, Dv]", {q.size(0), q.size(1), v.size(2)});
@@ -342,7 +367,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
   }
   const int64_t group = p.num_q_heads / p.num_kv_heads;
   dispatch_isa([&]<Isa isa>() {
-    p.scratch_bytes = attend_backward_scratch_bytes<isa>(p, std::max<int64_t>(1, p.plan.max_task_queries) * group);
+    p.scratch_bytes =
+        attend_backward_scratch_bytes<isa>(p, std::max<int64_t>(1, p.plan.max_task_queries) * group);
     attend_backward<isa>(b);
   });
   if (sinks.has_value()) {  // rows in order, whatever the number of threads
@@ -360,7 +386,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
     }
   }
   const ScalarType dtype = q.scalar_type();
-  return {dq.scalar_type() == dtype ? dq : torch::stable::to(dq, dtype), finish_gradient(dk, dtype), finish_gradient(dv, dtype), dsinks};
+  return {dq.scalar_type() == dtype ? dq : torch::stable::to(dq, dtype), finish_gradient(dk, dtype),
+          finish_gradient(dv, dtype), dsinks};
 }
 
 }  // namespace

@@ -22,8 +22,9 @@
 
 namespace palmette::PALMETTE_ISA_NS {
 
-// Rows that will be read soon. Every step of the inner loop asks for a line or a few, because a burst of prefetches
-// fills the miss queue and stalls the loads behind it (a chain of 4,160 keys: 3.1 ms in bursts, 1.75 spread out).
+// Rows that will be read soon. Every step of the inner loop asks for a line or a few, because a burst of
+// prefetches fills the miss queue and stalls the loads behind it (a chain of 4,160 keys: 3.1 ms in
+// bursts, 1.75 spread out).
 struct PrefetchQueue {
   const char* const* row = nullptr;  // the next row
   const char* const* end = nullptr;
@@ -33,9 +34,10 @@ struct PrefetchQueue {
 enum class Start { kZero, kLoad, kScale };  // C starts at 0, at its stored value, or at value * scale[u]
 
 template <class S, int MR, int NU, int P, bool kAlongRow, Start kStart>
-PALMETTE_INLINE void multiply_block(const typename S::Scalar* a, int64_t lda, const typename S::Scalar* b, int64_t ldb,
-                                    typename S::Scalar* c, int64_t ldc, int steps,
-                                    const typename S::Scalar* scale = nullptr, PrefetchQueue* soon = nullptr) {
+PALMETTE_INLINE void multiply_block(const typename S::Scalar* a, int64_t lda, const typename S::Scalar* b,
+                                    int64_t ldb, typename S::Scalar* c, int64_t ldc, int steps,
+                                    const typename S::Scalar* scale = nullptr,
+                                    PrefetchQueue* soon = nullptr) {
   using V = typename S::V;
   using T = typename S::Scalar;
   constexpr int N = S::kLanes;
@@ -46,7 +48,8 @@ PALMETTE_INLINE void multiply_block(const typename S::Scalar* a, int64_t lda, co
     for (int u = 0; u < NU; ++u) {
       if constexpr (kStart == Start::kZero) acc[i][u] = S::zero();
       if constexpr (kStart == Start::kLoad) acc[i][u] = S::load(c + i * ldc + u * N);
-      if constexpr (kStart == Start::kScale) acc[i][u] = S::load(c + i * ldc + u * N) * S::load(scale + u * N);
+      if constexpr (kStart == Start::kScale)
+        acc[i][u] = S::load(c + i * ldc + u * N) * S::load(scale + u * N);
     }
   }
   // Three rows per pointer along the rows: base, base + lda, base + 2 lda are x86 addressing modes.
@@ -71,7 +74,8 @@ PALMETTE_INLINE void multiply_block(const typename S::Scalar* a, int64_t lda, co
   };
   int k = 0;
   if (soon != nullptr) {
-    const int per_row = (soon->lines + P - 1) / P;  // P lines a step: as many bytes as P rows of lanes leave time for
+    const int per_row =
+        (soon->lines + P - 1) / P;  // P lines a step: as many bytes as P rows of lanes leave time for
     for (; soon->row < soon->end && k + per_row <= steps; k += per_row) {
       const char* line = *soon->row++;
       for (int j = 0; j < per_row; ++j) {

@@ -8,8 +8,8 @@
 //   Block<NU = 1, P > 1>  N/P rows in one vector, P neighbouring positions of head_dim at a time
 //
 // A matrix [rows, D] of a block is stored as [ceil(D / P)] steps of NU vectors: lane r * P + e of step s is
-// element (row r, s * P + e); of a pair of vectors the second holds rows N .. 2N. Per-row numbers (maximum, sum,
-// position) are NU vectors with the value repeated over the P lanes of its row.
+// element (row r, s * P + e); of a pair of vectors the second holds rows N .. 2N. Per-row numbers (maximum,
+// sum, position) are NU vectors with the value repeated over the P lanes of its row.
 #pragma once
 
 #include "vec.h"
@@ -20,8 +20,8 @@ template <class S_, int NU_, int P_>
 struct BlockShape {
   using S = S_;
   static constexpr int N = S::kLanes, NU = NU_, P = P_;
-  static constexpr int kWidth = NU * N;      // elements per step
-  static constexpr int kRows = NU * N / P;   // rows it can hold
+  static constexpr int kWidth = NU * N;     // elements per step
+  static constexpr int kRows = NU * N / P;  // rows it can hold
   static constexpr int kRowsPerVec = N / P;
   static constexpr int steps(int d) { return (d + P - 1) / P; }
 };
@@ -57,7 +57,8 @@ PALMETTE_INLINE void for_each_block(int rows, F&& f) {
 // Rows -> lanes: dst [steps(D)] of the block from rows given by `row(r)` (a pointer to D elements of type E);
 // rows beyond `count` and positions beyond D become 0. Multiplies by `factor`.
 template <class B, class E, class Row>
-PALMETTE_INLINE void pack_rows(typename B::S::Scalar* dst, int count, int d, typename B::S::Scalar factor, Row&& row) {
+PALMETTE_INLINE void pack_rows(typename B::S::Scalar* dst, int count, int d, typename B::S::Scalar factor,
+                               Row&& row) {
   using S = typename B::S;
   using V = typename S::V;
   constexpr int N = B::N, P = B::P, R = B::kRowsPerVec;
@@ -88,7 +89,8 @@ PALMETTE_INLINE void pack_rows(typename B::S::Scalar* dst, int count, int d, typ
 // Lanes -> rows: calls sink(row, position, vector) for every full vector of N positions and
 // tail(row, position, vector, n) for the last n < N; each row's positions come in ascending order.
 template <class B, class Sink, class Tail>
-PALMETTE_INLINE void unpack_rows(const typename B::S::Scalar* src, int count, int d, Sink&& sink, Tail&& tail) {
+PALMETTE_INLINE void unpack_rows(const typename B::S::Scalar* src, int count, int d, Sink&& sink,
+                                 Tail&& tail) {
   using S = typename B::S;
   using V = typename S::V;
   constexpr int N = B::N, P = B::P, R = B::kRowsPerVec;
@@ -99,7 +101,8 @@ PALMETTE_INLINE void unpack_rows(const typename B::S::Scalar* src, int count, in
       V m[R];
       const int left = B::steps(d) - x / P;
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) m[r] = r < left ? S::load(src + (x / P + r) * B::kWidth + u * N) : S::zero();
+      for (int r = 0; r < R; ++r)
+        m[r] = r < left ? S::load(src + (x / P + r) * B::kWidth + u * N) : S::zero();
       S::template transpose<P>(m);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {

@@ -207,7 +207,7 @@ struct Simd {
       const V magic = splat(12582912.0f);
       V t = c * 1.44269504088896341f + magic;
       V n = t - magic;
-      V r = c - n * 0.693359375f;     // ln2 in two pieces; the first has 9 bits, so n * ln2_hi is exact
+      V r = c - n * 0.693359375f;  // ln2 in two pieces; the first has 9 bits, so n * ln2_hi is exact
       r = r - n * -2.12194440e-4f;
       V p = splat(1.98756915e-4f);
       p = p * r + 1.39819995e-3f;

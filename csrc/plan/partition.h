@@ -38,7 +38,7 @@ struct DraftItem {
 
 // Do `keys` follow `last` in every respect, so that one run can hold both?
 inline bool continues(const PlanSegment& last, const PlanSegment& keys) {
-  return last.hi == keys.hi && last.begin + last.length == keys.begin &&
+  return last.hi == keys.hi && last.step == keys.step && last.begin + last.length == keys.begin &&
          last.lo + last.length * last.step == keys.lo && last.depth + last.length == keys.depth;
 }
 

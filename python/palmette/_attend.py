@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `attend` operator for Python: queries meet the keys that a plan shows them. Every attention of the package ends here."""
+"""The `attend` operator: queries meet the keys that a plan shows them. Every attention ends here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"head_dim of k must be q's {q.shape[2]}, got {k.shape[2]}")
     if v.shape[:2] != k.shape[:2]:
-        raise ValueError(f"v must be [slots, Hk, Dv] = [{k.shape[0]}, {k.shape[1]}, Dv] like k, got {list(v.shape)}")
+        raise ValueError(
+            f"v must be [slots, Hk, Dv] = [{k.shape[0]}, {k.shape[1]}, Dv] like k, got {list(v.shape)}"
+        )
     for name, tensor in (("q", q), ("v", v)):
         if tensor.shape[2] == 0:
             raise ValueError(f"head_dim of {name} must be positive, got 0")
@@ -53,7 +55,7 @@ def attend(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Checks the options that every attention shares and calls the operator; returns out [Nq, Hq, Dv] and lse [Nq, Hq]."""
+    """Checks the options that all attentions share, runs the operator: out [Nq, Hq, Dv], lse [Nq, Hq]."""
     if scale is None:
         scale = q.shape[2] ** -0.5
     if softcap < 0:
@@ -77,7 +79,9 @@ def attend(
         raise ValueError(f"out must be contiguous in its last dimension, got stride {out.stride(2)}")
     needs_grad = any(x is not None and x.requires_grad for x in (q, k, v, sinks))
     if torch.is_grad_enabled() and needs_grad:
-        raise ValueError("out must be None where gradients are wanted, got a tensor: call under torch.no_grad()")
+        raise ValueError(
+            "out must be None where gradients are wanted, got a tensor: call under torch.no_grad()"
+        )
     lse = q.new_empty(q.shape[:2], dtype=state_dtype(q.dtype))
     _library.call(_ops.attend_out.default, *args, out, lse)
     return out, lse
@@ -85,7 +89,9 @@ def attend(
 
 @torch.library.register_fake("palmette::attend")
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), q.new_empty(q.shape[:2], dtype=state_dtype(q.dtype))
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), q.new_empty(
+        q.shape[:2], dtype=state_dtype(q.dtype)
+    )
 
 
 @torch.library.register_fake("palmette::attend_out")
@@ -95,7 +101,14 @@ def _attend_out_fake(*_: Any) -> None:
 
 @torch.library.register_fake("palmette::attend_backward")
 def _attend_backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *plan_and_options: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *plan_and_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sinks = plan_and_options[8]
     num_sinks = 0 if sinks is None else q.shape[1]

@@ -29,8 +29,8 @@ def masked_attention(
         sinks: [Hq], logits without a value.
 
     Returns:
-        out [Nq, Hq, Dv] and lse [Nq, Hq], natural logarithm, sinks included; 0 and -inf where nothing is visible and there is
-        no sink.
+        out [Nq, Hq, Dv] and lse [Nq, Hq], natural logarithm, sinks included; 0 and -inf where nothing is
+        visible and there is no sink.
     """
     num_queries, num_heads, head_dim = q.shape
     groups = num_heads // k.shape[1]
