@@ -256,7 +256,7 @@ void attend_out_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                    const Tensor& query, const Tensor& segment, const Tensor& item, const Tensor& task,
                    const Tensor& merge_ptr, const Tensor& merge_row, const Tensor& counts,
                    const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window,
-                   Tensor out, Tensor lse) {
+                   const Tensor& out, const Tensor& lse) {
   AttendParams p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts},
                                sinks, scale, softcap, window);
   check_cpu(out, "out");

@@ -8,6 +8,7 @@ per layer serves all leaves. ``search`` builds few-shot, best-of-n, beam search 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -259,9 +260,7 @@ class TreeDecoder(DecodedTree):
             self._check_leaf(node)
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.choose(leaves, generator=generator, **options)  # type: ignore[arg-type]
-        to_probabilities = None
-        if temperature > 0:
-            to_probabilities = lambda logits: probabilities(logits, temperature, top_k, top_p)  # noqa: E731
+        to_probabilities = partial(probabilities, **options) if temperature > 0 else None  # type: ignore[arg-type]
         return verify_leaves(self, drafts, draft_tokens, leaves, to_probabilities, generator, on_logits)
 
     def _decode(
@@ -284,7 +283,6 @@ class TreeDecoder(DecodedTree):
             nodes = [node for node, _ in part]
             offsets = torch.tensor([offset for _, offset in part])
             records = [self._nodes[node] for node in nodes]
-            keep = range(len(part))
             wanted = [index - begin for index in last if begin <= index < begin + len(part)]
             batch = TreeBatch(
                 tree=self.tree,
@@ -294,7 +292,7 @@ class TreeDecoder(DecodedTree):
                 tokens=torch.tensor([r.tokens[o] for r, (_, o) in zip(records, part, strict=True)]),
                 positions=torch.tensor([r.start for r in records]) + offsets,
                 slots=torch.tensor([r.slots[o] for r, (_, o) in zip(records, part, strict=True)]),
-                keep=torch.tensor(list(keep) if on_logits is not None else wanted, dtype=torch.long),
+                keep=torch.arange(len(part)) if on_logits else torch.tensor(wanted, dtype=torch.long),
             )
             logits = self._forward(batch)
             if on_logits is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ...integrations._extras import MissingExtraError, require
+from .errors import DisagreementError
 from .inputs import QUICK, Sizes, text_tokens, tiny_model
 
 
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     for package in ("matplotlib", "tqdm", "transformers"):
         require(package, "palmette demo", install="'palmette[demo]'")
-    from ..models import load_model
+    from ..models import MODEL_NAME, load_model
     from . import report
     from .workloads import Demo
 
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         with _bar("loading the model", 1):
             model, tokenizer = load_model(options.model)
         text = text_tokens(tokenizer, max(sizes.prompt, sizes.thought_prompt))
-        model_name = str(options.model or "SmolLM2-135M-Instruct")
+        model_name = Path(options.model).name if options.model else MODEL_NAME
     options.output.mkdir(parents=True, exist_ok=True)
     demo = Demo(model, text, sizes, seed=options.seed, output=options.output, progress=_bar)
     results = []
@@ -102,9 +103,10 @@ def run(options: argparse.Namespace) -> int:
         for difference in result.differences:
             print(f"near tie, {result.name}: {difference}")
     seconds = time.perf_counter() - begin
-    table = report.write(results, options.output, model_name, seconds, vars(options))
-    print(table)
-    print(f"all methods chose the same tokens; {seconds:.0f} s; results in {options.output}")
+    print(report.write(results, options.output, model_name, seconds, {**vars(sizes), "seed": options.seed}))
+    ties = sum(len(result.differences) for result in results)
+    agreement = f"but for {ties} near ties" if ties else "without exception"
+    print(f"all methods chose the same tokens, {agreement}; {seconds:.0f} s; results in {options.output}")
     return 0
 
 
@@ -115,6 +117,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         return run(options)
-    except (MissingExtraError, FileNotFoundError, ValueError) as error:
+    except (MissingExtraError, DisagreementError, OSError, ValueError) as error:
         print(f"palmette demo: {error}", file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ import torch
 from ...integrations.transformers import ATTENTION_NAME, attention_forward
 from ..records import Node, Step, TreeBatch
 from ..tree_decoding import TreeDecoder
+from .errors import DisagreementError
 from .hand_written_cascade import HandWrittenCascade
 from .masked_union import MaskedUnion
 from .peers import ATTENTION_NAME as PEER_ATTENTION_NAME
@@ -249,7 +250,7 @@ class MeasuredDecoder(TreeDecoder):
         for name, attend in methods.items():
             error = float((attend() - expected).abs().max())
             if error > 1e-3 * max(1.0, float(expected.abs().max())):
-                raise AssertionError(f"{name} and {PALMETTE} must agree, got outputs {error:.1e} apart")
+                raise DisagreementError(f"{name} and {PALMETTE} must agree, got outputs {error:.1e} apart")
         times: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(self._repeats):
             for name, attend in methods.items():

@@ -101,7 +101,9 @@ def write(
         "- ratio: the row's attention time over Palmette's, and Palmette's tokens/s over the row's.",
         "- Attention: one layer's on the same q, k, v, interleaved over all methods, median, times layers. "
         "KV tokens: read per layer and KV head. Each method keeps K and V in the layout that suits it.",
-        "- All methods chose the same greedy tokens.",
+        "- All methods chose the same greedy tokens, but for the near ties below."
+        if any(result.differences for result in results)
+        else "- All methods chose the same greedy tokens.",
         *(
             f"- near tie, {result.name}: {difference}."
             for result in results
@@ -113,7 +115,7 @@ def write(
         "model": model,
         "machine": where,
         "seconds": seconds,
-        "options": {name: value if value is None else str(value) for name, value in options.items()},
+        "options": dict(options),
         "workloads": [_without_nan(dataclasses.asdict(result)) for result in results],
     }
     (directory / "results.json").write_text(json.dumps(content, indent=2) + "\n")

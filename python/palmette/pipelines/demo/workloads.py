@@ -17,6 +17,7 @@ from ..records import Step
 from ..search import few_shot, tree_of_thought
 from ..token_trees import TokenRecycling, TokenTree, medusa_paths
 from ..tree_decoding import TreeDecoder
+from .errors import DisagreementError
 from .hand_written_cascade import HandWrittenCascade
 from .inputs import Sizes, recorded_like_schedule
 from .masked_union import MaskedUnion
@@ -247,7 +248,7 @@ class Demo:
     ) -> WorkloadResult:
         wrong = [d for d in differences if not d.margin < NEAR_TIE]
         if wrong:
-            raise AssertionError(
+            raise DisagreementError(
                 f"{name}: all methods must choose the same tokens. " + "; ".join(map(str, wrong))
             )
         samples = ours.samples
