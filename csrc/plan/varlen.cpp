@@ -165,7 +165,7 @@ void fill_table(const int32_t* from, int64_t size, const Tensor& to) {
 template <class Row>
 void fill_table(const std::vector<Row>& from, const Tensor& to) {
   fill_table(reinterpret_cast<const int32_t*>(from.data()),
-             static_cast<int64_t>(from.size() * (sizeof(Row) / sizeof(int32_t))), to);
+             static_cast<int64_t>(from.size() * sizeof(Row) / sizeof(int32_t)), to);
 }
 
 using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

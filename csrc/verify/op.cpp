@@ -204,7 +204,8 @@ void compact_worker(void* ctx, int64_t) {
   }
 }
 
-void compact_kv_(Tensor k_cache, Tensor v_cache, const Tensor& src_slots, const Tensor& dst_slots) {
+void compact_kv_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& src_slots,
+                 const Tensor& dst_slots) {
   check_cpu(k_cache, "k_cache");
   check_cpu(v_cache, "v_cache");
   check_dim(k_cache, "k_cache", "[slots, Hk, D]", 3);
