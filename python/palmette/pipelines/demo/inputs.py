@@ -26,7 +26,7 @@ class Sizes:
     thought_prompt: int = 1024
     thoughts: int = 10  # per branching
     levels: int = 4
-    thought_scale: float = 0.35
+    thought_scale: float = 0.25
     draft_nodes: int = 63
     draft_tokens: int = 96
     samples: int = 4
