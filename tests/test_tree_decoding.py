@@ -10,6 +10,7 @@ import pytest
 import torch
 from palmette.pipelines import (
     ThoughtNode,
+    Thoughts,
     TokenRecycling,
     TokenTree,
     TreeDecoder,
@@ -18,6 +19,7 @@ from palmette.pipelines import (
     few_shot,
     medusa_paths,
     tree_of_thought,
+    tree_of_thought_steps,
 )
 from palmette.pipelines.sampling import choose_tokens, probabilities
 from palmette.pipelines.slots import SlotPool
@@ -327,9 +329,9 @@ def test_tree_of_thought_follows_its_schedule(model: Any, reference: Any) -> Non
         ThoughtNode(11, []),
     ]
     decoder = TreeDecoder(model, page_size=4)
-    seen = []
-    thoughts = tree_of_thought(decoder, PROMPT, schedule, on_step=lambda step: seen.append(len(step.nodes)))
-    assert seen == [3, 3, 3, 3, 2, 1, 2, 2, 2, 1, 1]
+    thoughts = Thoughts()
+    steps = tree_of_thought_steps(decoder, PROMPT, schedule, thoughts)
+    assert [len(step.nodes) for step in steps] == [3, 3, 3, 3, 2, 1, 2, 2, 2, 1, 1]
     assert thoughts.steps == 11
     assert thoughts.parent == {1: 0, 2: 0, 3: 0, 4: 2, 5: 2, 6: 5}
     lengths = {1: 4, 2: 6, 3: 5, 4: 3, 5: 4, 6: 1}

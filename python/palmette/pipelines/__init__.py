@@ -2,7 +2,16 @@
 """Whole systems on top of the operators. Extra dependencies are imported when they are used."""
 
 from .records import Completion, Step, Verified
-from .search import ThoughtNode, Thoughts, beam_search, best_of_n, few_shot, tree_of_thought
+from .search import (
+    ThoughtNode,
+    Thoughts,
+    beam_search,
+    best_of_n,
+    few_shot,
+    few_shot_steps,
+    tree_of_thought,
+    tree_of_thought_steps,
+)
 from .token_trees import TokenRecycling, TokenTree, medusa_paths
 from .tree_decoding import TreeDecoder
 
@@ -18,6 +27,8 @@ __all__ = [
     "beam_search",
     "best_of_n",
     "few_shot",
+    "few_shot_steps",
     "medusa_paths",
     "tree_of_thought",
+    "tree_of_thought_steps",
 ]

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,6 @@ from .records import Completion, Step
 
 if TYPE_CHECKING:
     from .tree_decoding import TreeDecoder
-
-OnStep = Callable[[Step], None]
 
 
 class ThoughtNode(NamedTuple):
@@ -53,12 +51,7 @@ def few_shot(
     prompt: Sequence[int] | torch.Tensor | None,
     branches: int,
     max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
+    **options: Any,
 ) -> list[Completion]:
     """Continue one prompt in several branches.
 
@@ -67,8 +60,8 @@ def few_shot(
         prompt: Token ids.
         branches: Number of branches. Greedy, branch i starts with the i-th likeliest token.
         max_new_tokens: Tokens per branch at most.
-        temperature, top_k, top_p, generator: See ``TreeDecoder.step``.
-        on_step: Called after every step.
+        options: ``temperature`` (default 0, greedy), ``top_k``, ``top_p``, ``generator``: see
+            ``TreeDecoder.step``.
 
     Returns:
         One sequence per branch.
@@ -76,15 +69,25 @@ def few_shot(
     Raises:
         ValueError: ``branches`` or ``max_new_tokens`` is not positive.
     """
+    for _ in few_shot_steps(decoder, prompt, branches, max_new_tokens, **options):
+        pass
+    return decoder.sequences()
+
+
+def few_shot_steps(
+    decoder: TreeDecoder,
+    prompt: Sequence[int] | torch.Tensor | None,
+    branches: int,
+    max_new_tokens: int,
+    **options: Any,
+) -> Iterator[Step]:
+    """``few_shot``, step by step."""
     root = _root(decoder, prompt, branches, max_new_tokens)
-    decoder.fork(root, branches if temperature > 0 else decoder.likeliest(root, branches))
+    decoder.fork(root, branches if _samples(options) else decoder.likeliest(root, branches))
     for _ in range(max_new_tokens):
         if not decoder.active:
             break
-        step = decoder.step(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        if on_step is not None:
-            on_step(step)
-    return decoder.sequences()
+        yield decoder.step(**options)
 
 
 def best_of_n(
@@ -94,25 +97,14 @@ def best_of_n(
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
     length_penalty: float = 1.0,
+    **options: Any,
 ) -> list[Completion]:
     """Sample ``n`` continuations, ranked by log-probability over length ** ``length_penalty``, best first.
 
     Args and errors: see ``few_shot``; ``length_penalty`` 0 ranks by the plain sum.
     """
-    sequences = few_shot(
-        decoder,
-        prompt,
-        n,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=generator,
-    )
+    sequences = few_shot(decoder, prompt, n, max_new_tokens, temperature=temperature, **options)
     return sorted(sequences, key=lambda s: _rank(s.score, len(s.tokens), length_penalty), reverse=True)
 
 
@@ -190,11 +182,7 @@ def tree_of_thought(
     schedule: Sequence[ThoughtNode],
     *,
     max_steps: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
+    **options: Any,
 ) -> Thoughts:
     """Decode a tree of thoughts along a schedule, such as one recorded from a reasoning run.
 
@@ -206,38 +194,49 @@ def tree_of_thought(
         prompt: Token ids of the root.
         schedule: The thoughts; number 0 is the root, which is branched before step 1.
         max_steps: Stop after so many steps (default: when no thought is left).
-        temperature, top_k, top_p, generator: See ``TreeDecoder.step``. Greedy, child i starts with the i-th
-            likeliest token.
-        on_step: Called after every step, before thoughts end.
+        options: ``temperature`` (default 0, greedy), ``top_k``, ``top_p``, ``generator``: see
+            ``TreeDecoder.step``. Greedy, child i starts with the i-th likeliest token.
 
     Raises:
         ValueError: The schedule is empty, its root has no children, or a child is not a later index.
     """
+    thoughts = Thoughts()
+    for _ in tree_of_thought_steps(decoder, prompt, schedule, thoughts, max_steps=max_steps, **options):
+        pass
+    return thoughts
+
+
+def tree_of_thought_steps(
+    decoder: TreeDecoder,
+    prompt: Sequence[int] | torch.Tensor | None,
+    schedule: Sequence[ThoughtNode],
+    thoughts: Thoughts,
+    *,
+    max_steps: int | None = None,
+    **options: Any,
+) -> Iterator[Step]:
+    """``tree_of_thought``, step by step, into ``thoughts``; a thought ends after its last step is yielded."""
     _check_schedule(schedule)
     root = _root(decoder, prompt, 1, 1)
-    thoughts = Thoughts()
     thought = {root: 0}
 
     def branch(node: int) -> None:
-        children = schedule[thought[node]].children
-        for child, name in zip(
-            decoder.fork(node, len(children) if temperature > 0 else decoder.likeliest(node, len(children))),
-            children,
-            strict=True,
-        ):
+        names = schedule[thought[node]].children
+        count = len(names)
+        children = decoder.fork(node, count if _samples(options) else decoder.likeliest(node, count))
+        for child, name in zip(children, names, strict=True):
             thought[child] = name
             thoughts.parent[name] = thought[node]
 
     branch(root)
     while decoder.active and (max_steps is None or thoughts.steps < max_steps):
-        step = decoder.step(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        step = decoder.step(**options)
         thoughts.steps += 1
         paths = [decoder.path(leaf) for leaf in decoder.leaves]
         length = {node: len(decoder.node(node).slots) for path in paths for node in path}
         thoughts.kv_tokens += sum(length.values())
         thoughts.kv_tokens_per_sequence += sum(length[node] for path in paths for node in path)
-        if on_step is not None:
-            on_step(step)
+        yield step
         for leaf in decoder.leaves:
             entry = schedule[thought[leaf]]
             if entry.end_step > thoughts.steps:
@@ -249,7 +248,10 @@ def tree_of_thought(
                 decoder.prune(leaf)
     for leaf in decoder.leaves:
         thoughts.tokens[thought[leaf]] = list(decoder.node(leaf).tokens)
-    return thoughts
+
+
+def _samples(options: Mapping[str, Any]) -> bool:
+    return bool(options.get("temperature", 0.0) > 0)
 
 
 def _root(

@@ -30,7 +30,7 @@ class Sizes:
     draft_nodes: int = 63
     draft_tokens: int = 96
     samples: int = 4
-    repeats: int = 5
+    repeats: int = 9
 
 
 QUICK = Sizes(

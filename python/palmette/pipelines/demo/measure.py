@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from ...integrations.transformers import ATTENTION_NAME, attention_forward
+from ...integrations.transformers import attention_forward
 from ..records import Node, Step, TreeBatch
 from ..tree_decoding import TreeDecoder
 from .errors import DisagreementError
@@ -166,16 +166,15 @@ class MeasuredDecoder(TreeDecoder):
         self._ranks: dict[int, list[float]] = {}
 
     def start(self) -> Clock:
-        """Begin to count and to sample, with a new clock, which stands still for the samples."""
+        """Give the model this decoder's attention, and a new clock, which stands still for the samples.
+
+        From the first call on, forwards are counted and sampled.
+        """
         self.model.set_attn_implementation(CAPTURING_NAME)
-        self._forwards = 0
+        if self._forwards is None:
+            self._forwards = 0
         self.clock = Clock()
         return self.clock
-
-    def stop(self) -> None:
-        """Neither count nor sample any more."""
-        self._forwards = None
-        self.model.set_attn_implementation(ATTENTION_NAME)
 
     def choose(self, nodes: Sequence[int], **options: Any) -> list[int]:
         with self.clock.paused():

@@ -6,15 +6,16 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ...integrations.transformers import ATTENTION_NAME
 from ..records import Step
-from ..search import few_shot, tree_of_thought
+from ..search import Thoughts, few_shot_steps, tree_of_thought_steps
 from ..token_trees import TokenRecycling, TokenTree, medusa_paths
 from ..tree_decoding import TreeDecoder
 from .errors import DisagreementError
@@ -26,6 +27,8 @@ from .peers import ATTENTION_NAME as PEER_ATTENTION_NAME
 from .peers import PeerDecoder
 
 UNDRAFTED = "palmette, no drafts"
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -90,6 +93,7 @@ class Demo:
         self.num_layers = config.num_hidden_layers
         self.group = config.num_attention_heads // config.num_key_value_heads
         self._best_picture = 0
+        self._seconds: dict[str, float] = {}  # of the last race
 
     def run(self) -> Iterator[WorkloadResult]:
         """Run one workload after the other."""
@@ -101,8 +105,8 @@ class Demo:
         """One prompt, many branches."""
         sizes = self.sizes
 
-        def loop(decoder: TreeDecoder, on_step: Callable[[Step], None]) -> None:
-            few_shot(decoder, None, sizes.branches, sizes.tokens, on_step=on_step)
+        def loop(decoder: TreeDecoder) -> Iterator[Step]:
+            return few_shot_steps(decoder, None, sizes.branches, sizes.tokens)
 
         return self._branching(
             "few-shot",
@@ -119,8 +123,8 @@ class Demo:
             sizes.levels, sizes.thoughts, sizes.thought_scale, random.Random(self.seed)
         )
 
-        def loop(decoder: TreeDecoder, on_step: Callable[[Step], None]) -> None:
-            tree_of_thought(decoder, None, schedule, on_step=on_step)
+        def loop(decoder: TreeDecoder) -> Iterator[Step]:
+            return tree_of_thought_steps(decoder, None, schedule, Thoughts())
 
         return self._branching(
             "tree of thoughts",
@@ -137,7 +141,7 @@ class Demo:
         description: str,
         prompt: Sequence[int],
         steps: int,
-        loop: Callable[[TreeDecoder, Callable[[Step], None]], None],
+        loop: Callable[[TreeDecoder], Iterator[Step]],
         picture: bool = False,
     ) -> WorkloadResult:
         """A workload in which every step decodes one token per leaf."""
@@ -148,26 +152,20 @@ class Demo:
             tick()
         if picture and self.output is not None:
             ours.on_sample = self._picture
-        rates: dict[str, float] = {}
-        found: list[Difference] = []
-        for method, decoder in {PALMETTE: ours, **self._peers(ours)}.items():
-            record = ours.record if decoder is ours else Record()
-            with self.progress(f"{name}: {method}", steps) as tick:
-
-                def on_step(
-                    step: Step,
-                    decoder: TreeDecoder = decoder,
-                    record: Record = record,
-                    tick: Callable[..., None] = tick,
-                ) -> None:
-                    record.add(step, decoder)
+        decoders = {PALMETTE: ours, **self._peers(ours)}
+        records = {
+            method: ours.record if decoder is ours else Record() for method, decoder in decoders.items()
+        }
+        with self.progress(name, steps) as tick:
+            racers = {method: (decoder, loop(decoder)) for method, decoder in decoders.items()}
+            for method, step in self._race(racers):
+                records[method].add(step, decoders[method])
+                if method == PALMETTE:
                     tick()
-
-                clock = self._start(decoder)
-                loop(decoder, on_step)
-                rates[method] = sum(map(len, record.tokens.values())) / clock.seconds
-            found += ours.ties if decoder is ours else ours.record.differences(record, method)
-        ours.stop()
+        rates = {m: sum(map(len, r.tokens.values())) / self._seconds[m] for m, r in records.items()}
+        found = list(ours.ties)
+        for method, record in records.items():
+            found += ours.record.differences(record, method)
         return self._result(name, description, ours, rates, steps, found)
 
     def token_trees(self) -> WorkloadResult:
@@ -189,22 +187,25 @@ class Demo:
             tick()
         decoders = {PALMETTE: ours, **self._peers(ours)}
 
-        with self.progress(f"{name}: one token at a time", count) as tick:
-            clock = self._start(plain)
-            for _ in range(count):
-                plain.record.add(plain.step(), plain)
-                tick()
-            rates = {UNDRAFTED: count / clock.seconds}
-            plain.stop()
-        found, notes, steps = [], {}, {}
-        for method, decoder in decoders.items():
-            with self.progress(f"{name}: {method}", count) as tick:
-                clock = self._start(decoder)
-                tokens, steps[method] = speculate(decoder, root, count, tree, learned.copy(), tick)
-                rates[method] = len(tokens) / clock.seconds
-            notes[method] = f"{len(tokens) / steps[method]:.2f} tokens per step"
-            found += plain.record.differences(Record({root: tokens[:count]}, {root: -1}), method)
-        ours.stop()
+        racers: dict[str, tuple[TreeDecoder, Iterator[list[int]]]] = {
+            method: (decoder, speculate(decoder, root, count, tree, learned.copy()))
+            for method, decoder in decoders.items()
+        }
+        racers[UNDRAFTED] = (plain, ([token] for step in plain_steps(plain, count) for token in step.tokens))
+        tokens: dict[str, list[int]] = {method: [] for method in racers}
+        steps = dict.fromkeys(racers, 0)
+        with self.progress(name, count) as tick:
+            for method, committed in self._race(racers):
+                tokens[method] += committed
+                steps[method] += 1
+                if method == PALMETTE:
+                    tick(len(committed))
+        rates = {method: len(found) / self._seconds[method] for method, found in tokens.items()}
+        notes = {method: f"{len(tokens[method]) / steps[method]:.2f} tokens per step" for method in decoders}
+        expected = Record({root: tokens[UNDRAFTED]}, {root: -1}, plain.record.margins)
+        found = list(ours.ties)
+        for method in decoders:
+            found += expected.differences(Record({root: tokens[method][:count]}, {root: -1}), method)
         result = self._result(
             name,
             f"{sizes.draft_nodes} drafts per step on a prompt of {sizes.prompt}, drafted by Token Recycling "
@@ -212,8 +213,8 @@ class Demo:
             ours,
             rates,
             steps[PALMETTE],
-            found + ours.ties,
-            tokens_per_step=count / steps[PALMETTE],
+            found,
+            tokens_per_step=len(tokens[PALMETTE]) / steps[PALMETTE],
             notes=notes,
         )
         result.rows.append(MethodResult(UNDRAFTED, math.nan, rates[UNDRAFTED], math.nan, "1 token per step"))
@@ -227,12 +228,25 @@ class Demo:
             UNION: PeerDecoder(MaskedUnion(self.num_layers, self.group), source, **options),
         }
 
-    def _start(self, decoder: TreeDecoder) -> Clock:
-        """Give the model the decoder's attention, and start the clock."""
-        if isinstance(decoder, MeasuredDecoder):
-            return decoder.start()
-        self.model.set_attn_implementation(PEER_ATTENTION_NAME)
-        return Clock()
+    def _race(self, racers: Mapping[str, tuple[TreeDecoder, Iterator[T]]]) -> Iterator[tuple[str, T]]:
+        """Every method takes a step in turn, so that the machine's moods meet all; counts their seconds."""
+        self._seconds = dict.fromkeys(racers, 0.0)
+        running = list(racers)
+        while running:
+            for method in list(running):
+                decoder, steps = racers[method]
+                if isinstance(decoder, MeasuredDecoder):
+                    clock = decoder.start()
+                else:
+                    self.model.set_attn_implementation(PEER_ATTENTION_NAME)
+                    clock = Clock()
+                step = next(steps, None)
+                self._seconds[method] += clock.seconds
+                if step is None:
+                    running.remove(method)
+                else:
+                    yield method, step
+        self.model.set_attn_implementation(ATTENTION_NAME)
 
     def _result(
         self,
@@ -282,18 +296,18 @@ class Demo:
                 plan.plot(self.output / f"tree.{suffix}")
 
 
+def plain_steps(decoder: TreeDecoder, count: int) -> Iterator[Step]:
+    """Decode ``count`` tokens, one per step."""
+    for _ in range(count):
+        yield decoder.step()
+
+
 def speculate(
-    decoder: TreeDecoder,
-    leaf: int,
-    count: int,
-    tree: TokenTree,
-    draft: TokenRecycling,
-    tick: Callable[..., None],
-) -> tuple[list[int], int]:
-    """Decode at least ``count`` tokens by token trees; returns the tokens and the steps it took."""
-    tokens: list[int] = []
-    steps = 0
-    while len(tokens) < count:
+    decoder: TreeDecoder, leaf: int, count: int, tree: TokenTree, draft: TokenRecycling
+) -> Iterator[list[int]]:
+    """Decode at least ``count`` tokens by token trees; yields those of each step."""
+    decoded = 0
+    while decoded < count:
         (pending,) = decoder.choose([leaf])
         drafted = draft.draft(pending, tree)
         verified = torch.cat([torch.tensor([pending]), drafted[tree.order]])
@@ -302,10 +316,8 @@ def speculate(
             draft.update(verified, logits)
 
         (outcome,) = decoder.verify_step(tree, drafted, [leaf], on_logits=learn)
-        tokens += outcome.tokens
-        steps += 1
-        tick(len(outcome.tokens))
-    return tokens, steps
+        decoded += len(outcome.tokens)
+        yield outcome.tokens
 
 
 def _mean(values: Iterable[float]) -> float:
