@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from ...integrations._extras import require
 from ..search import ThoughtNode
 
-LENGTH_DECILES = (18, 30, 42, 51, 63, 75, 93, 129, 171)
+# Of DeFT's recorded set-intersection runs: lengths of thoughts are log-normal, about a median that each
+# expansion has of its own; how often the expanded thought was the shortest, ..., the longest of its ten.
+LOG_LENGTH, LOG_LENGTH_BETWEEN, LOG_LENGTH_WITHIN = 4.13, 0.6, 0.45
 EXPANDED_RANK_WEIGHTS = (3, 5, 5, 12, 18, 47, 58, 88, 267, 297)
 
 
@@ -29,8 +32,8 @@ class Sizes:
     thought_scale: float = 0.25
     draft_nodes: int = 63
     draft_tokens: int = 96
-    samples: int = 4
-    repeats: int = 9
+    samples: int = 6
+    repeats: int = 15
 
 
 QUICK = Sizes(
@@ -53,8 +56,8 @@ def recorded_like_schedule(
 ) -> list[ThoughtNode]:
     """A tree of thoughts like DeFT's recorded set-intersection runs (arXiv 2404.00242, section 4.1).
 
-    There, every expansion makes 10 thoughts and one of them, mostly among the longest, is expanded in turn
-    while the others run out; lengths have deciles 18, 30, 42, 51, 63, 75, 93, 129, 171.
+    There, every expansion makes 10 thoughts; one of them, mostly among the longest, is expanded in turn while
+    the others run out. Lengths have a median of 63 and deciles of 18 and 171; about 7 are alive at a time.
 
     Args:
         levels: Expansions on the way down (the recorded trees have 9).
@@ -65,17 +68,15 @@ def recorded_like_schedule(
     Returns:
         A schedule for ``tree_of_thought``.
     """
-    deciles = (6, *LENGTH_DECILES, 260)
-
-    def length() -> int:
-        decile = generator.randrange(10)
-        return max(1, round(scale * generator.uniform(deciles[decile], deciles[decile + 1])))
-
     ends, children = [0], [[*range(1, branching + 1)]]
     parent_end = 0
     for level in range(levels):
         first = len(ends)
-        lengths = [length() for _ in range(branching)]
+        centre = generator.gauss(LOG_LENGTH, LOG_LENGTH_BETWEEN)
+        lengths = [
+            max(1, round(scale * math.exp(generator.gauss(centre, LOG_LENGTH_WITHIN))))
+            for _ in range(branching)
+        ]
         ends.extend(parent_end + n for n in lengths)
         children.extend([] for _ in lengths)
         if level + 1 < levels:

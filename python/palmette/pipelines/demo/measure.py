@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -162,6 +163,7 @@ class MeasuredDecoder(TreeDecoder):
         self.on_sample: Callable[[Any], None] | None = None  # called with the plan
         self._is_sampled = is_sampled
         self._repeats = repeats
+        self._shuffle = random.Random(0).shuffle
         self._forwards: int | None = None  # not counted before start()
         self._ranks: dict[int, list[float]] = {}
 
@@ -251,10 +253,12 @@ class MeasuredDecoder(TreeDecoder):
             if error > 1e-3 * max(1.0, float(expected.abs().max())):
                 raise DisagreementError(f"{name} and {PALMETTE} must agree, got outputs {error:.1e} apart")
         times: dict[str, list[float]] = {name: [] for name in methods}
+        order = list(methods)
         for _ in range(self._repeats):
-            for name, attend in methods.items():
+            self._shuffle(order)  # nobody always follows the one that leaves the coldest caches
+            for name in order:
                 begin = time.perf_counter()
-                attend()
+                methods[name]()
                 times[name].append(1e3 * (time.perf_counter() - begin))
         milliseconds = {name: statistics.median(values) * len(layers) for name, values in times.items()}
         read = {

@@ -232,7 +232,9 @@ class Demo:
         """Every method takes a step in turn, so that the machine's moods meet all; counts their seconds."""
         self._seconds = dict.fromkeys(racers, 0.0)
         running = list(racers)
+        shuffle = random.Random(self.seed).shuffle
         while running:
+            shuffle(running)  # nobody always follows the same one
             for method in list(running):
                 decoder, steps = racers[method]
                 if isinstance(decoder, MeasuredDecoder):
