@@ -86,6 +86,7 @@ PALMETTE_INLINE void multiply_block(const typename S::Scalar* a, int64_t lda, co
       }
     }
   }
+#pragma GCC unroll 4
   for (; k < steps; ++k) step();
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
