@@ -131,6 +131,14 @@ struct Simd {
         return (V)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
       }
 #endif
+#if defined(__AVX512F__)
+      if constexpr (P * sizeof(T) == 16 && N * sizeof(T) == 64) {
+        return (V)_mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
+      }
+      if constexpr (P * sizeof(T) == 32 && N * sizeof(T) == 64) {
+        return (V)_mm512_broadcast_f32x8(_mm256_loadu_ps(reinterpret_cast<const float*>(p)));
+      }
+#endif
       V v;
       for (int i = 0; i < N / P; ++i) std::memcpy(reinterpret_cast<T*>(&v) + i * P, p, P * sizeof(T));
       return v;
