@@ -11,6 +11,7 @@
 #include "attend/params.h"
 #include "core/backend.h"
 #include "core/checks.h"
+#include "core/parallel.h"
 
 namespace palmette {
 
@@ -175,9 +176,10 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
 // How many KV heads a worker takes at a time. In a token-major pool ([slots, Hk, D]) the heads of a token are
 // neighbours, so a task whose items have few rows reads several heads per tile, while their packed rows fit
 // the L2 cache and the states of the whole task stay below a megabyte; never so many that fewer than
-// kMinUnits units are left to share out. No result depends on it.
+// two units per worker are left to share out. No result depends on it.
 int64_t heads_at_a_time(const AttendParams& p, const PlanTask& task) {
-  constexpr int64_t kHotBytes = 192 << 10, kStateBytes = 512 << 10, kMinUnits = 16;
+  constexpr int64_t kHotBytes = 192 << 10, kStateBytes = 512 << 10;
+  const int64_t min_units = 2 * num_workers();
   if (p.k.token <= p.k.head) return 1;
   const int64_t group = p.num_q_heads / p.num_kv_heads;
   int64_t widest = 1;
@@ -187,7 +189,7 @@ int64_t heads_at_a_time(const AttendParams& p, const PlanTask& task) {
   const int64_t rows = std::max<int64_t>(1, (task.query_end - task.query_begin) * group);
   const int64_t heads = std::min({kHotBytes / (widest * (p.head_dim + p.v_head_dim) * 4),
                                   kStateBytes / (rows * p.v_head_dim * 4),
-                                  p.num_kv_heads * int64_t{p.plan.num_tasks} / kMinUnits});
+                                  p.num_kv_heads * int64_t{p.plan.num_tasks} / min_units});
   return std::clamp<int64_t>(heads, 1, p.num_kv_heads);
 }
 
