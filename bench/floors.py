@@ -3,6 +3,8 @@
 
     floor = max(FLOPs / best fp32 GEMM rate, bytes / read bandwidth)
 
+The GEMM is the faster of torch.mm (MKL, which keeps to AVX2 on processors of other makers) and oneDNN's.
+
 Bandwidth is that of main memory: timings evict the caches first (``bench.measure``), as the other layers of a
 model do. The pool [slots, Hk, D] can be read from end to end, so its bandwidth is the contiguous one; walking
 one head at a time through it, a piece of head_dim every num_kv_heads * head_dim elements, is slower, and is
@@ -93,12 +95,23 @@ def _fastest(calls: Sequence[Callable[[], object]], seconds: float) -> list[floa
             return least
 
 
+def _gemms(m: int, k: int, n: int) -> list[Callable[[], object]]:
+    """One product of [m, k] and [k, n] by each library that torch has."""
+    a, b, c = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+    calls: list[Callable[[], object]] = [lambda: torch.mm(a, b, out=c)]
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available() and onednn is not None:
+        weight = b.t().contiguous()
+        calls.append(lambda: onednn(a, weight, None, "none", [], ""))
+    return calls
+
+
 @torch.inference_mode()
 def measure_ceilings(seconds: float = 3.0) -> Ceilings:
     """Measures the rates, in about ``seconds``; more time finds quieter moments of a shared machine."""
-    operands = [(torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)) for m, k, n in _GEMM_SHAPES]
-    times = _fastest([lambda a=a, b=b, c=c: torch.mm(a, b, out=c) for a, b, c in operands], seconds / 2)
-    rates = [2 * m * k * n / time_ / 1e9 for (m, k, n), time_ in zip(_GEMM_SHAPES, times, strict=True)]
+    shapes, calls = zip(*((shape, call) for shape in _GEMM_SHAPES for call in _gemms(*shape)), strict=True)
+    times = _fastest(calls, seconds / 2)
+    rates = [2 * m * k * n / time_ / 1e9 for (m, k, n), time_ in zip(shapes, times, strict=True)]
     best = max(range(len(rates)), key=rates.__getitem__)
 
     pool = torch.randn(_POOL_BYTES // 4 // _POOL_HEADS // _POOL_DIM, _POOL_HEADS, _POOL_DIM)
@@ -117,4 +130,4 @@ def measure_ceilings(seconds: float = 3.0) -> Ceilings:
     )
     times = _fastest([*contiguous, *by_head], seconds / 2)
     read, walked = (_POOL_BYTES / min(part) / 1e9 for part in (times[:3], times[3:]))
-    return Ceilings(rates[best], _GEMM_SHAPES[best], read, walked)
+    return Ceilings(rates[best], shapes[best], read, walked)

@@ -11,12 +11,17 @@ import torch
 
 
 def cpu_model() -> str:
+    """The processor's name, with its family and model where the system tells: a virtual machine's name for it
+    may be as vague as "AMD EPYC"."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    if not info.is_file():
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in info.read_text().partition("\n\n")[0].splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    name = fields.get("model name", platform.machine())
+    if "cpu family" not in fields or "model" not in fields:
+        return name
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
 
 
 def describe() -> dict[str, object]:

@@ -193,10 +193,26 @@ int64_t heads_at_a_time(const AttendParams& p, const PlanTask& task) {
   return std::clamp<int64_t>(heads, 1, p.num_kv_heads);
 }
 
+// About what a task costs per KV head: row-key pairs, where fetching a key counts as much as 16 rows.
+int64_t task_work(const AttendParams& p, const PlanTask& task) {
+  const int64_t group = p.num_q_heads / p.num_kv_heads;
+  int64_t work = 0;
+  for (int32_t i = task.item_begin; i < task.item_end; ++i) {
+    const PlanItem& item = p.plan.item[i];
+    int64_t keys = 0;
+    for (int32_t s = item.segment_begin; s < item.segment_end; ++s) keys += p.plan.segment[s].length;
+    work += keys * ((item.query_end - item.query_begin) * group + 16);
+  }
+  return work;
+}
+
+// The largest units come first, so that workers finish together.
 std::vector<AttendUnit> forward_units(const AttendParams& p) {
   std::vector<AttendUnit> units;
+  std::vector<int64_t> work;
   for (int32_t t = 0; t < p.plan.num_tasks; ++t) {
     const PlanTask& task = p.plan.task[t];
+    work.push_back(task_work(p, task));
     if (task.kv_head >= 0) {
       units.push_back({t, t + 1, task.kv_head, 1, 0});
       continue;
@@ -209,6 +225,10 @@ std::vector<AttendUnit> forward_units(const AttendParams& p) {
       units.push_back({t, t + 1, begin, end - begin, 0});
     }
   }
+  std::stable_sort(units.begin(), units.end(), [&](const AttendUnit& a, const AttendUnit& b) {
+    return work[static_cast<size_t>(a.task_begin)] * a.head_count >
+           work[static_cast<size_t>(b.task_begin)] * b.head_count;
+  });
   return units;
 }
 

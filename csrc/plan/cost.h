@@ -2,25 +2,26 @@
 // What the tile kernel costs, as the planner sees it: which keys to read together, and where to cut work in
 // equal parts.
 //
-//   cost(item) = item + lanes(rows) * (row + keys * key) + keys * pack        [ns per KV head, one thread]
+//   cost(item) = item + rows * row + keys * max(read, pack + lanes(rows) * key)     [ns per KV head, one
+//   thread]
 //
 //   rows  = queries of the item * (query heads per KV head)
-//   lanes = rows as the kernel runs them: blocks of 16, 8, 4, 2 or 1 rows (cpu/rows.h), weighted by how much
-//   slower a row is in a
-//           small block than in a block of 16
+//   lanes = rows as the kernel runs them (cpu/rows.h): full blocks of 16, and for the rest a block that costs
+//   as
+//           much as kLanes4 or kLanes8 rows of a full one
 //
 // The constants hold for head_dim 128 and grow in proportion to head_dim, except `item`, which is
-// bookkeeping.
+// bookkeeping. `python -m bench.cost` measures them; a plan does not depend on the body that runs it, so
+// where the bodies differ (two cores of an AMD EPYC, family 26), the constant lies between them.
 //
-//   constant      ns      measured as
-//   kItemCost     300     two items of 48 keys against one of 96
-//   kRowCost       40     packing a query row, rescaling and storing its state: many items of few keys
-//   kKeyCost      2.6     a row meeting a key (q k and p v, 512 flop) in blocks of 16
-//   kPackCost      15     fetching a key and its value from the pool: chains with few rows
-//   kBlock8        1.20   per-row cost in a block of 8, relative to 16; likewise 4, 2 and 1
-//   kBlock4        1.56
-//   kBlock2        2.03
-//   kBlock1        2.64
+//   constant      ns   avx2   avx512   what it is
+//   kItemCost     50    27      0      bookkeeping of an item
+//   kRowCost      45    51     40      packing a query row, rescaling and storing its state
+//   kKeyCost       3    4.2    2.2     a row meeting a key: q k and p v, 512 flop
+//   kPackCost     28    27     29      fetching a key and its value and packing them, beside other work
+//   kReadCost     52    52     53      the same with nothing else to do: items of up to 8 rows
+//   kLanes8       10    9.4   13.7     a block of 5 to 8 rows, in rows of a full block
+//   kLanes4        8    6.7   15.1     a block of 1 to 4 rows
 #pragma once
 
 #include <algorithm>
@@ -29,8 +30,8 @@
 
 namespace palmette {
 
-constexpr double kItemCost = 300, kRowCost = 40, kKeyCost = 2.6, kPackCost = 15;
-constexpr double kBlock8 = 1.20, kBlock4 = 1.56, kBlock2 = 2.03, kBlock1 = 2.64;
+constexpr double kItemCost = 50, kRowCost = 45, kKeyCost = 3, kPackCost = 28, kReadCost = 52;
+constexpr double kLanes8 = 10, kLanes4 = 8;
 
 // Query rows of one task: more would not stay in the cache beside a tile of keys.
 constexpr int64_t kMaxTaskRows = 256;
@@ -53,29 +54,31 @@ class CostModel {
  public:
   CostModel(int64_t group, int64_t head_dim, int64_t max_queries)
       : scale_(static_cast<double>(head_dim) / 128.0), group_(group) {
-    lanes_.resize(static_cast<size_t>(max_queries) + 1);
-    for (int64_t q = 0; q <= max_queries; ++q) lanes_[q] = lanes(q * group);
+    per_key_.resize(static_cast<size_t>(max_queries) + 1);
+    for (int64_t q = 0; q <= max_queries; ++q) {
+      per_key_[q] = scale_ * std::max(kReadCost, kPackCost + lanes(q * group) * kKeyCost);
+    }
   }
   int64_t group() const { return group_; }
   // An item of `queries` queries costs fixed + keys * per_key.
-  double fixed(int32_t queries) const { return kItemCost + scale_ * lanes_[queries] * kRowCost; }
-  double per_key(int32_t queries) const { return scale_ * (lanes_[queries] * kKeyCost + kPackCost); }
+  double fixed(int32_t queries) const {
+    return kItemCost + scale_ * static_cast<double>(queries * group_) * kRowCost;
+  }
+  double per_key(int32_t queries) const { return per_key_[queries]; }
   double item(int32_t queries, int64_t keys) const {
     return fixed(queries) + static_cast<double>(keys) * per_key(queries);
   }
 
  private:
   static double lanes(int64_t rows) {
-    int64_t rest = rows % 16;
-    double cost = static_cast<double>(rows - rest);
-    if (rest > 12) return cost + 16;
-    if (rest > 4) cost += 8 * kBlock8, rest = std::max<int64_t>(rest - 8, 0);
-    return cost + (rest == 0 ? 0 : rest == 1 ? kBlock1 : rest == 2 ? 2 * kBlock2 : 4 * kBlock4);
+    const int64_t rest = rows % 16;
+    const double full = static_cast<double>(rows - rest);
+    return full + (rest == 0 ? 0 : rest <= 4 ? kLanes4 : rest <= 8 ? kLanes8 : 16);
   }
 
   double scale_;
   int64_t group_;
-  std::vector<double> lanes_;  // by number of queries
+  std::vector<double> per_key_;  // by number of queries
 };
 
 }  // namespace palmette
