@@ -251,6 +251,12 @@ struct Simd {
 
   // ---- 16-bit formats
   static PALMETTE_INLINE V load(const bf16* p) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && sizeof(T) == 4) {
+      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+    }
+#endif
 #if defined(__AVX2__)
     if constexpr (sizeof(T) == 4 && N % 8 == 0) {
       V v;
@@ -267,6 +273,11 @@ struct Simd {
     return v;
   }
   static PALMETTE_INLINE V load(const fp16* p) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && sizeof(T) == 4) {
+      return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+#endif
 #if defined(__F16C__)
     if constexpr (sizeof(T) == 4 && N % 8 == 0) {
       V v;
@@ -288,6 +299,12 @@ struct Simd {
       const U u = (U)v;
       const U even = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
       const U bits = (u & 0x7FFFFFFFu) > 0x7F800000u ? (u >> 16) | 0x40u : even;
+#if defined(__AVX512F__)
+      if constexpr (sizeof(V) == 64) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bits));
+        return;
+      }
+#endif
       for (int i = 0; i < N; i += 8) {
         __m128i low, high;
         std::memcpy(&low, reinterpret_cast<const uint32_t*>(&bits) + i, 16);
@@ -300,6 +317,13 @@ struct Simd {
     for (int i = 0; i < N; ++i) p[i].bits = float_to_bf16(float(v[i]));
   }
   static PALMETTE_INLINE void store(fp16* p, V v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && sizeof(T) == 4) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                          _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+      return;
+    }
+#endif
 #if defined(__F16C__)
     if constexpr (sizeof(T) == 4 && N % 8 == 0) {
       for (int i = 0; i < N; i += 8) {
