@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "core/isa.h"
 
@@ -18,26 +19,42 @@ namespace palmette {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// text("at least ", n): its parts side by side, put together only when it is written to a stream. It refers
+// to them, so it lives no longer than the call that it is made in.
 template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream s;
-  (s << ... << parts);
-  return s.str();
+struct Text {
+  std::tuple<const Parts&...> parts;
+  friend std::ostream& operator<<(std::ostream& s, const Text& t) {
+    std::apply([&](const Parts&... part) { (s << ... << part); }, t.parts);
+    return s;
+  }
+};
+template <class... Parts>
+Text<Parts...> text(const Parts&... parts) {
+  return {{parts...}};
 }
 
-// require(ok, "indptr", "non-decreasing", 3, " after ", 5): the message is only built when it is needed.
+// require(ok, "indptr", "non-decreasing", 3, " after ", 5)
 template <class Wanted, class... Got>
 void require(bool ok, const char* name, const Wanted& wanted, const Got&... got) {
-  if (!ok) throw std::runtime_error(text(name, " must be ", wanted, ", got ", got...));
+  if (ok) [[likely]]
+    return;
+  std::ostringstream s;
+  s << name << " must be " << wanted << ", got ";
+  (s << ... << got);
+  throw std::runtime_error(s.str());
 }
 
-inline std::string shape_text(const Tensor& t) {
-  std::ostringstream s;
-  s << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
-  s << "]";
-  return s.str();
-}
+// The shape of a tensor, likewise: "[2, 3]".
+struct ShapeText {
+  const Tensor& tensor;
+  friend std::ostream& operator<<(std::ostream& s, const ShapeText& t) {
+    s << "[";
+    for (int64_t i = 0; i < t.tensor.dim(); ++i) s << (i ? ", " : "") << t.tensor.size(i);
+    return s << "]";
+  }
+};
+inline ShapeText shape_text(const Tensor& t) { return {t}; }
 
 inline const char* dtype_text(ScalarType type) {
   switch (type) {
@@ -82,11 +99,11 @@ inline void check_shape(const Tensor& t, const char* name, const char* symbols,
 }
 
 inline void check_dtype(const Tensor& t, const char* name, std::initializer_list<ScalarType> wanted) {
-  std::string names;
   for (ScalarType type : wanted) {
     if (t.scalar_type() == type) return;
-    names += text(names.empty() ? "" : " or ", dtype_text(type));
   }
+  std::string names;
+  for (ScalarType type : wanted) names.append(names.empty() ? "" : " or ").append(dtype_text(type));
   require(false, name, names, dtype_text(t.scalar_type()));
 }
 
