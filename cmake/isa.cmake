@@ -18,6 +18,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|amd64|AMD64")
   set(PALMETTE_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(PALMETTE_FLAGS_avx2x16 ${PALMETTE_FLAGS_avx2} -O1) # runs in tests only; -O3 takes five times as long to compile
   set(PALMETTE_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+    # GCC 12 warns about the "undefined" operands in its own intrinsics (its bug 105593).
+    list(APPEND PALMETTE_FLAGS_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
+  endif()
 endif()
 
 # palmette_isa_library(<target> <isa> <sources>...): the sources as objects of one body.

@@ -9,7 +9,7 @@ from palmette.tree_plan import TreeAttentionPlan
 from plan_oracle import check_plan
 
 HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64}
-FREE_PARTIAL_BYTES = 1 << 20
+FREE_PARTIAL_BYTES = 640 << 10
 
 
 def used(plan: TreeAttentionPlan) -> dict[str, np.ndarray]:

@@ -210,6 +210,18 @@ def test_exp64(run):
     np.testing.assert_allclose(run("exp64", x), np.exp(x), rtol=1e-15)
 
 
+@pytest.mark.parametrize("name", ["log", "log2"])
+def test_logarithms(run, name):
+    exact = getattr(np, name)
+    x = np.concatenate(
+        [np.geomspace(1e-37, 1e37, 20001), np.linspace(0.5, 2.0, 20001), np.linspace(1.0, 300.0, 20001)]
+    ).astype(np.float32)
+    assert ulps(run(name, x), exact(x.astype(np.float64))).max() <= 2.0
+    edge = run(name, np.array([0.0, 1.0, INF, NAN], np.float32))
+    assert edge[:3].tolist() == [-INF, 0.0, INF]
+    assert np.isnan(edge[3])
+
+
 def test_tanh(run):
     x = np.concatenate([np.linspace(-12, 12, 200_001), np.geomspace(1e-30, 1, 1000)]).astype(np.float32)
     assert ulps(run("tanh", x), np.tanh(x.astype(np.float64))).max() <= 4.0  # measured 1.6

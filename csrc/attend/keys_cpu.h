@@ -8,7 +8,7 @@
 
 namespace palmette::PALMETTE_ISA_NS {
 
-constexpr int kMaxTileKeys = 96;
+constexpr int kMaxTileKeys = 48;
 
 struct KeyTile {
   int count = 0;

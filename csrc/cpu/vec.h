@@ -229,6 +229,11 @@ struct Simd {
     }
   }
 
+  // Logarithms: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)) (polynomial: Cephes, logf and log2f). For
+  // x normal, 0 (-inf), inf or NaN; log of a negative number is not asked for.
+  static PALMETTE_INLINE V log(V x) { return logarithm<false>(x); }
+  static PALMETTE_INLINE V log2(V x) { return logarithm<true>(x); }
+
   // tanh: an odd polynomial where 1 - 2 / (e^2x + 1) would cancel (coefficients: Cephes, tanhf).
   static PALMETTE_INLINE V tanh(V x) {
     if constexpr (sizeof(T) == 8) {
@@ -392,6 +397,37 @@ struct Simd {
     p = p * f + T(2.4022648e-1f);
     p = p * f + T(6.9314720e-1f);
     return p * f + T(1);
+  }
+  template <bool kBase2>
+  static PALMETTE_INLINE V logarithm(V x) {
+    if constexpr (sizeof(T) == 8) {
+      V r;
+      for (int i = 0; i < N; ++i) r[i] = kBase2 ? std::log2(x[i]) : std::log(x[i]);
+      return r;
+    } else {
+      const I root = splat_int(0x3F3504F3);  // sqrt(1/2)
+      const I exponent = ((I)x - root) >> 23;
+      const V n = __builtin_convertvector(exponent, V);
+      const V f = (V)((I)x - (exponent << 23)) - T(1);
+      V p = splat(T(7.0376836292e-2f));
+      p = p * f - T(1.1514610310e-1f);
+      p = p * f + T(1.1676998740e-1f);
+      p = p * f - T(1.2420140846e-1f);
+      p = p * f + T(1.4249322787e-1f);
+      p = p * f - T(1.6668057665e-1f);
+      p = p * f + T(2.0000714765e-1f);
+      p = p * f - T(2.4999993993e-1f);
+      p = p * f + T(3.3333331174e-1f);
+      const V rest = p * f * (f * f) - T(0.5) * (f * f);  // log(1 + f) - f
+      V y;
+      if constexpr (kBase2) {
+        y = rest * T(0.44269504088896341f) + f * T(0.44269504088896341f) + rest + f + n;  // log2(e) - 1
+      } else {
+        y = rest - n * T(2.12194440e-4f) + f + n * T(0.693359375f);  // ln 2 in two parts
+      }
+      y = select(x == zero(), splat(-T(INFINITY)), y);
+      return select(x < splat(T(INFINITY)), y, x);  // inf and NaN as they are
+    }
   }
   // y * 2^n, where the low bits of t hold n: two halves keep every intermediate a normal number.
   static PALMETTE_INLINE V scale_by_power(V y, I t) {

@@ -72,12 +72,12 @@ struct Merge {
     const A* lses =
         static_cast<const A*>(p.lses) + n * p.lses_query + rows.begin * p.lses_state + h * p.lses_head;
     V top = S::splat(-kInf);
-    bool bad[L] = {};
+    typename S::I bad{};  // a state with +inf or NaN
     for (int64_t s = 0; s < rows.count; ++s) {
       const V l = load_heads(lses + s * p.lses_state, p.lses_head, heads);
       S::store(table + s * L, l);
       top = S::max(top, l);
-      for (int i = 0; i < L; ++i) bad[i] = bad[i] || !(l[i] < kInf);
+      bad |= ~(l < S::splat(kInf));
     }
     const V shift = S::select(top == S::splat(-kInf), S::zero(), top);
     V sum = S::zero();
@@ -87,19 +87,17 @@ struct Merge {
       sum += w;
       S::store(table + s * L, S::select(l == S::splat(-kInf), S::splat(kEmpty), w));
     }
-    V scale = S::splat(A(1)) / sum;
-    for (int i = 0; i < L; ++i) {
-      if (bad[i]) scale[i] = kNaN;
-    }
+    const V scale = S::select(bad, S::splat(kNaN), S::splat(A(1)) / sum);
     for (int64_t s = 0; s < rows.count; ++s) {
       const V w = S::load(table + s * L);
       S::store(table + s * L, S::select(w < S::zero(), w, w * scale));
     }
+    const V log_sum = p.base2 ? S::log2(sum) : S::log(sum);
+    V merged = S::select(top == S::splat(-kInf), top, top + log_sum);
+    merged = S::select(bad, S::splat(kNaN), merged);
     A* lse = static_cast<A*>(p.lse) + n * p.num_heads + h;
-    for (int i = 0; i < heads; ++i) {
-      const A log_sum = p.base2 ? std::log2(sum[i]) : std::log(sum[i]);
-      lse[i] = bad[i] ? kNaN : top[i] == -kInf ? -kInf : top[i] + log_sum;
-    }
+    if (heads == L) return S::store(lse, merged);
+    S::store_n(lse, merged, heads);
   }
 
   // out[0 .. U*L) = sum_s table[s] * outs[s]: U vectors of head_dim in registers, states in memory order.

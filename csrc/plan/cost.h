@@ -46,7 +46,7 @@ constexpr double kWorthSeparating = 0.05;
 // Items are cut between tiles of the kernel: at multiples of this many keys.
 constexpr int32_t kKeyStep = 48;
 // Partial states may always take this much memory, however few queries there are.
-constexpr int64_t kFreePartialBytes = 1 << 20;
+constexpr int64_t kFreePartialBytes = 640 << 10;
 // How far the grouping of short pieces looks back.
 constexpr int32_t kMaxGroupPieces = 64, kMaxGroupKeys = 512;
 

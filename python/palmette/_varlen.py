@@ -13,7 +13,7 @@ _ops = torch.ops.palmette
 
 # What the planner may ask for at most (csrc/plan/cost.h, partition.h): rows of q per task, keys per step at
 # which queries drop out, tasks beyond one per tile, and bytes of partial states that are always allowed.
-_MAX_TASK_ROWS, _KEY_STEP, _EXTRA_TASKS, _FREE_PARTIAL_BYTES = 256, 48, 64, 1 << 20
+_MAX_TASK_ROWS, _KEY_STEP, _EXTRA_TASKS, _FREE_PARTIAL_BYTES = 256, 48, 64, 640 << 10
 
 
 def plan_varlen(

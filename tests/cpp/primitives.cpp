@@ -130,6 +130,8 @@ constexpr Primitive kPrimitives[] = {
      [](auto in, auto out, auto n) { reduce(in, out, n, [](auto v) { return F::max_lane(v); }); }},
     {"exp2", [](auto in, auto out, auto n) { map<F, 1>(in, out, n, [](auto* x) { return F::exp2(x[0]); }); }},
     {"exp", [](auto in, auto out, auto n) { map<F, 1>(in, out, n, [](auto* x) { return F::exp(x[0]); }); }},
+    {"log", [](auto in, auto out, auto n) { map<F, 1>(in, out, n, [](auto* x) { return F::log(x[0]); }); }},
+    {"log2", [](auto in, auto out, auto n) { map<F, 1>(in, out, n, [](auto* x) { return F::log2(x[0]); }); }},
     {"tanh", [](auto in, auto out, auto n) { map<F, 1>(in, out, n, [](auto* x) { return F::tanh(x[0]); }); }},
     {"exp64", [](auto in, auto out, auto n) { map<D, 1>(in, out, n, [](auto* x) { return D::exp(x[0]); }); }},
     {"load_bf16", &widen<bf16>},
