@@ -5,31 +5,17 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 
 import torch
 
 
-def cpu_model() -> str:
-    """The processor's name, with its family and model where the system tells: a virtual machine's name for it
-    may be as vague as "AMD EPYC"."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() or platform.machine()
-    pairs = (line.partition(":") for line in info.read_text().partition("\n\n")[0].splitlines())
-    fields = {name.strip(): value.strip() for name, _, value in pairs}
-    name = fields.get("model name", platform.machine())
-    if "cpu family" not in fields or "model" not in fields:
-        return name
-    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
-
-
 def describe() -> dict[str, object]:
     import palmette
+    from palmette.collect_env import cpu_name
     from palmette.testing import current_backend
 
     return {
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -61,14 +61,19 @@ def _threads() -> str:
     )
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's name, with its family and model where the system tells: a virtual machine's name for it
+    may be as vague as "AMD EPYC"."""
     fields: dict[str, str] = {}
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
             key, _, value = line.partition(":")
             fields.setdefault(key.strip(), value.strip())
-    return fields.get("model name") or platform.processor() or platform.machine()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields and "model" in fields:
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
 
 
 def _cuda() -> str:
@@ -97,7 +102,7 @@ _LINES: tuple[tuple[str, Callable[[], str]], ...] = (
     ("bodies", _bodies),
     ("torch", _torch),
     ("threads", _threads),
-    ("cpu", _cpu),
+    ("cpu", cpu_name),
     ("gpu", _cuda),
     ("python", lambda: f"{platform.python_version()} in {sys.prefix}"),
     ("system", platform.platform),

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...integrations.transformers import ATTENTION_NAME
+from ...tree import Tree
 from ..records import Step
 from ..search import Thoughts, few_shot_steps, tree_of_thought_steps
 from ..token_trees import TokenRecycling, TokenTree, medusa_paths
@@ -291,11 +292,18 @@ class Demo:
 
     def _picture(self, plan: Any) -> None:
         assert self.output is not None
-        nodes = plan.tree.order.numel()
-        if nodes > self._best_picture:  # the richest tree of those sampled
-            self._best_picture = nodes
+        richness = _levels(plan.tree) * plan.tree.leaves.numel()
+        if richness > self._best_picture:  # of the trees sampled
+            self._best_picture = richness
             for suffix in ("svg", "png"):
                 plan.plot(self.output / f"tree.{suffix}")
+
+
+def _levels(tree: Tree) -> int:
+    level = {-1: 0}
+    for node in tree.order.tolist():
+        level[node] = level[tree.parent(node)] + 1
+    return max(level.values())
 
 
 def plain_steps(decoder: TreeDecoder, count: int) -> Iterator[Step]:
