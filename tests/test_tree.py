@@ -381,3 +381,12 @@ OPCHECK_CASES = {
     "tree_subtree_end": _structure(),
     "tree_slots": _arena_cases(2),
 }
+
+
+def test_more_children_than_a_tree_can_have():
+    tree = Tree([-1, 0], [1, 1])
+    for count in (2**31, 2**63 - 1):
+        with pytest.raises(ValueError, match=f"num_children must be at most 2147483645, got {count}"):
+            tree.branch(0, count)
+        with pytest.raises(ValueError, match=f"must be at most 2147483645, got {count}"):
+            tree.add_roots(count)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from typing import NamedTuple
 
@@ -483,8 +485,15 @@ def good():
             "q must be \\[2, Hq, D\\], one row per query of the plan, got \\[1, 4, 32\\]",
         ),
         (lambda c: {"k": c.k[:9], "v": c.v[:9]}, "slots must be in \\[0, 9\\) \\(the rows of k\\), got 9"),
-        (lambda c: {"softcap": -1.0}, "softcap must be at least 0 \\(0: none\\), got -1.0"),
-        (lambda c: {"window": 0}, "window must be at least 1, got 0"),
+        (lambda c: {"softcap": -1.0}, "softcap must be a number in \\[0, 1e\\+30\\], got -1.0"),
+        (lambda c: {"softcap": float("inf")}, "softcap must be a number in .* got inf"),
+        (lambda c: {"scale": float("nan")}, "scale must be a number in .* got nan"),
+        (lambda c: {"scale": "1"}, "scale must be a number in .* got '1'"),
+        (lambda c: {"window": 0}, "window must be an integer of at least 1, got 0"),
+        (lambda c: {"window": 2.5}, "window must be an integer of at least 1, got 2.5"),
+        (lambda c: {"window": True}, "window must be an integer of at least 1, got True"),
+        (lambda c: {"plan": None}, "plan must be a TreeAttentionPlan, got NoneType"),
+        (lambda c: {"q": [1.0]}, "q must be a tensor, got list"),
         (lambda c: {"sinks": torch.zeros(3)}, "sinks must be \\[Hq\\] = \\[4\\], got \\[3\\]"),
         (lambda c: {"sinks": torch.zeros(4).half()}, "sinks must be float32, got float16"),
         (
@@ -492,6 +501,10 @@ def good():
             "out must be \\[Nq, Hq, Dv\\] = \\[2, 4, 32\\], got \\[2, 4, 8\\]",
         ),
         (lambda c: {"out": torch.empty(2, 4, 32).half()}, "out must be float32, got float16"),
+        (
+            lambda c: {"out": torch.empty(1, 4, 32).expand(2, 4, 32)},
+            "out must have memory of its own for every element, got strides \\(0, 32, 1\\)",
+        ),
         (
             lambda c: {"q": c.q.clone().requires_grad_(), "out": torch.empty(2, 4, 32)},
             "out must be None where gradients are wanted",
@@ -501,11 +514,60 @@ def good():
 )
 def test_bad_arguments(change, message):
     case = good()
-    arguments = {"q": case.q, "k": case.k, "v": case.v} | change(case)
+    arguments = {"q": case.q, "k": case.k, "v": case.v, "plan": case.plan} | change(case)
     with pytest.raises(ValueError, match=message):
-        palmette.tree_attention(
-            arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), case.plan, **arguments
-        )
+        palmette.tree_attention(**arguments)
+
+
+def test_a_window_longer_than_any_path():
+    case = good()
+    assert torch.equal(run(case, window=2**32 + 3)[0], run(case)[0])
+
+
+def test_logits_far_below_zero(backend):
+    case = make_case([-1], [6])  # one tile, so that all logits are equal, whatever their rounding
+    q, k = torch.full_like(case.q, -1e15), torch.full_like(case.k, 1e15)
+    check(case._replace(q=q, k=k))
+
+
+def test_a_plan_updated_before_backward_is_noticed():
+    case = good()
+    q = case.q.clone().requires_grad_()
+    out = palmette.tree_attention(q, case.k, case.v, case.plan)
+    case.plan.tree.append([1], [1])
+    case.plan.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_out_is_a_new_version():
+    case = good()
+    buffer = torch.zeros(2, 4, 32)
+    weight = torch.ones(2, 4, 32, requires_grad=True)
+    product = (weight * buffer).sum()
+    palmette.tree_attention(case.q, case.k, case.v, case.plan, out=buffer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_no_second_derivative():
+    case = good()
+    q = case.q.clone().requires_grad_()
+    out = palmette.tree_attention(q, case.k, case.v, case.plan)
+    (grad,) = torch.autograd.grad(out.pow(2).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_a_plan_know_when_they_are_stale(clone):
+    case = good()
+    plan = clone(case.plan)
+    assert torch.equal(palmette.tree_attention(case.q, case.k, case.v, plan), run(case)[0])
+    plan.tree.append([1], [1])
+    assert plan.tree.version == case.plan.tree.version + 1
+    with pytest.raises(ValueError, match="plan must be of its tree's version"):
+        palmette.tree_attention(case.q, case.k, case.v, plan)
 
 
 def test_a_stale_plan():

@@ -6,7 +6,7 @@
 //   l' = c l + sum_k P,    O' = c O + P V
 //
 // Lanes hold rows (cpu/rows.h), so maximum, sum and rescaling are vertical and the rescaling of O rides on
-// the load of the accumulators. m starts at -1e30, not -inf: m - m' is then never NaN, and a row that has
+// the load of the accumulators. m starts at -3e38, not -inf: m - m' is then never NaN, and a row that has
 // seen no key keeps l = 0.
 #pragma once
 
@@ -17,7 +17,7 @@
 namespace palmette::PALMETTE_ISA_NS {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr double kEmptyMax = -1e30;
+constexpr double kEmptyMax = -3e38;
 
 // What a block knows about its rows. Rows that only fill up lanes repeat the first row's position.
 template <class S>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // attend on the CPU: softmax attention of query rows to the keys that a plan lets them see.
 //
-//   out_i = sum_k p_ik v_k / l_i,   p_ik = exp(scale q_i . k_k - max),   l_i = sum_k p_ik,   lse_i = max + ln
-//   l_i
+//   p_ik = exp(scale q_i . k_k - max_i),   l_i = sum_k p_ik
+//   out_i = sum_k p_ik v_k / l_i,   lse_i = max_i + ln l_i
 //
 // Data flow of one unit (a task and some KV heads):
 //
@@ -392,7 +392,6 @@ struct Forward {
   }
 
   // ---- element types
-  bool native_dtype() const { return p.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32); }
   template <class F>
   PALMETTE_INLINE void with_dtype(F&& f) const {
     if constexpr (sizeof(T) == 4) {

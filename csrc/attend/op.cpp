@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -26,7 +28,7 @@ void check_table(const Tensor& t, const char* name, const char* shape, int64_t c
   check_cpu(t, name);
   check_dtype(t, name, {ScalarType::Int});
   check_dim(t, name, shape, columns > 0 ? 2 : 1);
-  require(t.is_contiguous(), name, "contiguous", "strides");
+  check_contiguous(t, name);
   if (columns > 0) require(t.size(1) == columns, name, shape, shape_text(t));
 }
 
@@ -154,8 +156,9 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
           text("[", k.size(0), ", ", k.size(1), ", Dv] like k"), shape_text(v));
   require(p.num_kv_heads > 0 && p.num_q_heads > 0 && p.num_q_heads % p.num_kv_heads == 0, "q",
           text("of a multiple of k's ", p.num_kv_heads, " heads"), p.num_q_heads);
-  require(softcap >= 0, "softcap", "at least 0", softcap);
-  require(window >= 0, "window", "at least 0 (0: none)", window);
+  require(std::isfinite(scale), "scale", "finite", scale);
+  require(softcap >= 0 && std::isfinite(softcap), "softcap", "finite and at least 0 (0: none)", softcap);
+  require(window >= 0 && window <= INT32_MAX, "window", "at least 0 (0: none) and below 2^31", window);
   p.plan = view_plan(plan, q.size(0), k.size(0), k.size(1));
   p.q = strided(q, "q");
   p.k = strided(k, "k");
@@ -167,7 +170,7 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
     check_cpu(*sinks, "sinks");
     check_dtype(*sinks, "sinks", {state_type(p.dtype)});
     check_shape(*sinks, "sinks", "[Hq]", {p.num_q_heads});
-    require(sinks->is_contiguous(), "sinks", "contiguous", "strides");
+    check_contiguous(*sinks, "sinks");
     p.sinks = sinks->const_data_ptr();
   }
   return p;
@@ -175,7 +178,7 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
 
 // How many KV heads a worker takes at a time. In a token-major pool ([slots, Hk, D]) the heads of a token are
 // neighbours, so a task whose items have few rows reads several heads per tile, while their packed rows fit
-// the L2 cache and the states of the whole task stay below a megabyte; never so many that fewer than
+// the L2 cache and the states of the whole task (o) stay below half a megabyte; never so many that fewer than
 // two units per worker are left to share out. No result depends on it.
 int64_t heads_at_a_time(const AttendParams& p, const PlanTask& task) {
   constexpr int64_t kHotBytes = 192 << 10, kStateBytes = 512 << 10;
@@ -287,7 +290,7 @@ void attend_out_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   check_shape(out, "out", "[Nq, Hq, Dv]", {q.size(0), q.size(1), v.size(2)});
   check_dtype(lse, "lse", {state_type(p.dtype)});
   check_shape(lse, "lse", "[Nq, Hq]", {q.size(0), q.size(1)});
-  require(lse.is_contiguous(), "lse", "contiguous", "strides");
+  check_contiguous(lse, "lse");
   run_forward(p, q, out, lse);
 }
 
@@ -357,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
   check_shape(out, "out", "[Nq, Hq, Dv]", {q.size(0), q.size(1), v.size(2)});
   check_dtype(lse, "lse", {state});
   check_shape(lse, "lse", "[Nq, Hq]", {q.size(0), q.size(1)});
-  require(lse.is_contiguous(), "lse", "contiguous", "strides");
+  check_contiguous(lse, "lse");
   const Tensor dout = torch::stable::contiguous(dout_);
   Tensor dlse;
   if (dlse_.has_value()) {

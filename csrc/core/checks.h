@@ -108,7 +108,14 @@ inline void check_dtype(const Tensor& t, const char* name, std::initializer_list
 }
 
 inline void check_cpu(const Tensor& t, const char* name) {
-  if (!t.is_cpu()) require(false, name, "on the CPU", "another device");
+  require(t.is_cpu(), name, "on the CPU", t.is_cuda() ? "a CUDA tensor" : "a tensor of another device");
+}
+
+inline void check_contiguous(const Tensor& t, const char* name) {
+  if (t.is_contiguous()) return;
+  std::ostringstream strides;
+  for (int64_t i = 0; i < t.dim(); ++i) strides << (i ? ", " : "") << t.stride(i);
+  require(false, name, "contiguous", "strides [", strides.str(), "] of ", shape_text(t));
 }
 
 // The kernels' element type of a floating-point tensor; float64 only where the scalar body runs.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Log-sum-exp merge of attention states (o_s, l_s), s = 1..S, of the same query and head:
 //
-//     m = max_s l_s     p_s = e^(l_s - m) / sum_t e^(l_t - m)     o = sum_s p_s o_s     l = m + log sum_t
-//     e^(l_t - m)
+//     m = max_s l_s     p_s = e^(l_s - m) / sum_t e^(l_t - m)
+//     o = sum_s p_s o_s     l = m + log sum_t e^(l_t - m)
 //
 // and its gradient, from do, dl (with 2 and log2 for base 2, c = ln 2; otherwise c = 1):
 //

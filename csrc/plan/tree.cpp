@@ -239,8 +239,9 @@ int64_t append_tokens(const TreeState& t, const IntArray& node, const IntArray& 
 int64_t branch_node(const TreeState& t, int64_t node, int64_t num_children) {
   const int32_t parent = node == -1 ? -1 : check_node(t, node, "node");
   check(num_children > 0, "num_children must be at least 1, got ", num_children);
+  check(num_children <= INT_MAX - t.num_nodes(), "num_children must be at most ", INT_MAX - t.num_nodes(),
+        ", got ", num_children);
   const int64_t need = t.num_nodes() + num_children;
-  check(need <= INT_MAX, "num_children must be at most ", INT_MAX - t.num_nodes(), ", got ", num_children);
   if (need > t.node_capacity) return need;
   // The node stops growing: give its spare room back if nothing lies behind it. Chains built by branching
   // stay contiguous.

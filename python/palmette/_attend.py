@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from palmette import _library
-from palmette._checks import FLOATING, check_device, check_dim, check_dtype, check_shape
+from palmette._checks import FLOATING, check_device, check_dim, check_dtype, check_number, check_shape
 
 _ops = torch.ops.palmette
 
 # slots, query, segment, item, task, merge_ptr, merge_row, counts (docs/design.md, "A plan")
 PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+_MAX_WINDOW = 2**31 - 1  # no path is longer
+_MAX_SCALE = 1e30  # beyond it float32 overflows
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,23 +62,26 @@ def attend(
     """Checks the options that all attentions share, runs the operator: out [Nq, Hq, Dv], lse [Nq, Hq]."""
     if scale is None:
         scale = q.shape[2] ** -0.5
-    if softcap < 0:
-        raise ValueError(f"softcap must be at least 0 (0: none), got {softcap}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    check_number("scale", scale, -_MAX_SCALE, _MAX_SCALE)
+    check_number("softcap", softcap, 0, _MAX_SCALE)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be an integer of at least 1, got {window!r}")
+    keys = 0 if window is None or window > _MAX_WINDOW else window
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     if sinks is not None:
         check_dtype("sinks", sinks, [state_dtype(q.dtype)])
         check_shape("sinks", sinks, "[Hq]", [q.shape[1]])
         check_device("sinks", sinks, q.device)
         sinks = sinks.contiguous()
-    args = (q, k, v, *plan, sinks, float(scale), float(softcap), 0 if window is None else int(window))
+    args = (q, k, v, *plan, sinks, float(scale), float(softcap), keys)
     if out is None:
         result: tuple[Tensor, Tensor] = _library.call(_ops.attend.default, *args)
         return result
     check_dtype("out", out, [q.dtype])
     check_shape("out", out, "[Nq, Hq, Dv]", [q.shape[0], q.shape[1], v.shape[2]])
     check_device("out", out, q.device)
+    if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"out must have memory of its own for every element, got strides {out.stride()}")
     if out.stride(2) != 1 and out.shape[2] > 1:
         raise ValueError(f"out must be contiguous in its last dimension, got stride {out.stride(2)}")
     needs_grad = any(x is not None and x.requires_grad for x in (q, k, v, sinks))
@@ -137,4 +144,9 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     return (dq, dk, dv, *(None,) * 8, None if sinks is None else dsinks, None, None, None)
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("attention has no second derivative: call backward without create_graph")
+
+
 torch.library.register_autograd("palmette::attend", _backward, setup_context=_setup_context)
+torch.library.register_autograd("palmette::attend_backward", _no_second_derivative)

@@ -11,7 +11,14 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX = (torch.int32, torch.int64)
 
 
+def check_number(name: str, value: object, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"{name} must be a number in [{least:g}, {most:g}], got {value!r}")
+
+
 def check_dtype(name: str, tensor: torch.Tensor, wanted: Sequence[torch.dtype]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in wanted:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
         raise ValueError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from palmette import _library
-from palmette._attend import PlanTensors, attend, check_inputs
+from palmette._attend import PlanTensors, attend, check_inputs, state_dtype
 from palmette._checks import FLOATING, INDEX, check_device, check_dim, check_dtype, check_shape
 from palmette._varlen import plan_varlen
 
@@ -51,11 +51,11 @@ def merge_state(
     check_dtype("out_b", out_b, [out_a.dtype])
     check_shape("out_b", out_b, "[N, H, Dv]", out_a.shape)
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        check_dtype(name, lse, [_lse_dtype(out_a)])
+        check_dtype(name, lse, [state_dtype(out_a.dtype)])
         check_shape(name, lse, "[N, H]", out_a.shape[:2])
     for name, tensor in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         check_device(name, tensor, out_a.device)
-    out, lse = _library.call(_ops.merge_state, out_a, lse_a, out_b, lse_b, base2)
+    out, lse = _library.call(_ops.merge_state.default, out_a, lse_a, out_b, lse_b, base2)
     return out, lse
 
 
@@ -88,7 +88,7 @@ def merge_states(
     base2 = _is_base2(lse_base)
     check_dtype("outs", outs, FLOATING)
     check_dim("outs", outs, "[N, S, H, Dv]" if indptr is None else "[nnz, H, Dv]")
-    check_dtype("lses", lses, [_lse_dtype(outs)])
+    check_dtype("lses", lses, [state_dtype(outs.dtype)])
     check_shape("lses", lses, "[N, S, H]" if indptr is None else "[nnz, H]", outs.shape[:-1])
     check_device("lses", lses, outs.device)
     if indptr is not None:
@@ -96,7 +96,7 @@ def merge_states(
         if indptr.dim() != 1 or indptr.shape[0] == 0:
             raise ValueError(f"indptr must be [N + 1], got {list(indptr.shape)}")
         check_device("indptr", indptr, outs.device)
-    out, lse = _library.call(_ops.merge_states, outs, lses, indptr, base2)
+    out, lse = _library.call(_ops.merge_states.default, outs, lses, indptr, base2)
     return out, lse
 
 
@@ -191,10 +191,6 @@ def _is_base2(lse_base: str) -> bool:
     return lse_base == "2"
 
 
-def _lse_dtype(outs: Tensor) -> torch.dtype:
-    return torch.float64 if outs.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("palmette::merge_state")
 def _merge_state_fake(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, base2: bool
@@ -254,5 +250,11 @@ def _merge_states_backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor
     return (*_ops.merge_states_backward(dout, dlse, *ctx.saved_tensors, ctx.base2), None, None)
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("merging has no second derivative: call backward without create_graph")
+
+
 torch.library.register_autograd("palmette::merge_state", _merge_state_backward, setup_context=_save)
 torch.library.register_autograd("palmette::merge_states", _merge_states_backward, setup_context=_save)
+torch.library.register_autograd("palmette::merge_state_backward", _no_second_derivative)
+torch.library.register_autograd("palmette::merge_states_backward", _no_second_derivative)

@@ -72,6 +72,10 @@ class Tree:
         self._version = self.counts[VERSION]  # a view
         self._layout_cache: _Layout | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copied or unpickled view is no view
+        self.__dict__.update(state)
+        self._version = self.counts[VERSION]
+
     @classmethod
     def from_paths(
         cls,

@@ -56,13 +56,15 @@ def tree_attention(
         both, in q, k, v and sinks. Bit-identical from run to run and for any number of threads.
 
     Raises:
-        ValueError: shapes, dtypes, heads or head_dim do not fit each other or the plan, the plan is stale, a
-            slot of the tree is not a row of k, or an option is out of range.
+        ValueError: shapes, dtypes, heads or head_dim do not fit each other or the plan, the plan is stale
+            (compiled code does not look), a slot of the tree is not a row of k, or an option is out of range.
 
     Source: DeFT (arXiv 2404.00242), sections 3.2 and 3.3, with intervals of depth-first numbers in place of
         bit masks.
     """
     check_inputs(q, k, v)
+    if not isinstance(plan, TreeAttentionPlan):
+        raise ValueError(f"plan must be a TreeAttentionPlan, got {type(plan).__name__}")
     if not torch.compiler.is_compiling():
         plan.check_fresh()
         if q.shape[0] != plan.num_queries:

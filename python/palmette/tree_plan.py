@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,11 +109,16 @@ class TreeAttentionPlan:
         self._version = self.counts[TREE_VERSION]  # a view
         self._plan()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copied or unpickled view is no view
+        self.__dict__.update(state)
+        self._version = self.counts[TREE_VERSION]
+
     def update(self) -> None:
         """Plans again after the tree has changed, into the same tensors unless they must grow.
 
         O(live nodes) plus the size of the plan, never O(tokens) (apart from the queries of a "tokens" plan
-        themselves). Rows of q then belong to the leaves or tokens that the tree has now.
+        themselves). Rows of q then belong to the leaves or tokens that the tree has now. Call ``backward``
+        before: it follows the plan's tensors too, and autograd refuses when they have changed.
 
         Raises:
             ValueError: the plan was made for explicit queries, or a leaf has no token on its path.

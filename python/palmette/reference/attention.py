@@ -44,7 +44,8 @@ def masked_attention(
         sink = sinks.unflatten(0, (k.shape[1], groups))[None, :, :, None].expand(num_queries, -1, -1, 1)
         logits = torch.cat([logits, sink.to(logits.dtype)], dim=-1)
     lse = torch.logsumexp(logits, dim=-1)
-    weights = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])[..., : k.shape[0]]
+    # not exp(logits - lse): far from 0, lse cannot hold the logarithm of the sum beside the maximum
+    weights = torch.where(lse[..., None] == -torch.inf, 0.0, torch.softmax(logits, dim=-1))[..., : k.shape[0]]
     if torch.isfinite(v).all():
         out = torch.einsum("qhgn,nhd->qhgd", weights, v)
     else:
