@@ -31,9 +31,8 @@ class CMakeBuild(build_ext):
         return [] if self.inplace else [str(Path(self.build_lib, "palmette", "lib", "libpalmette.so"))]
 
 
-class PlatformWheel(
-    bdist_wheel
-):  # the library has no Python.h in it: one wheel for every Python of a platform
+class PlatformWheel(bdist_wheel):
+    # The library has no Python.h in it: one wheel for every Python of a platform.
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 

@@ -7,8 +7,8 @@ One query with ``rows`` query heads per KV head stands for an item of ``rows`` r
                     max(read, pack + lanes(rows) * key)
     fixed(rows)     the same keys as nodes of 48 and as nodes of 96, an item each: item + rows * row
 
-Least squares over 16 to 128 rows give ``key`` and ``pack``; 1 to 8 rows give ``read``; 1 to 8 rows beyond 16
-give the weights of small blocks.
+Least squares over 16 to 128 rows give ``key`` and ``pack``; 1 to 8 rows give ``read``; what 8 rows, and
+4 to 1, cost beyond 16 gives ``lanes``.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def measure() -> dict[str, float]:
     key, pack = np.polyfit(FULL_BLOCKS, [per_key[r] for r in FULL_BLOCKS], 1)
     read = statistics.mean(per_key[r] for r in SMALL_BLOCKS)
     result = {"kKeyCost": float(key), "kPackCost": float(pack), "kReadCost": read}
-    for rows in SMALL_BLOCKS:
-        result[f"kBlock{rows}"] = (per_key[16 + rows] - per_key[16]) / (rows * float(key))
+    for name, blocks in (("kLanes8", (8,)), ("kLanes4", (4, 2, 1))):
+        result[name] = statistics.mean(per_key[16 + r] - per_key[16] for r in blocks) / float(key)
     fixed_rows = FULL_BLOCKS + SMALL_BLOCKS
     pieces = {(r, n): bench.plan(r, SHORT // n, n) for r in fixed_rows for n in (48, 96)}
     times = bench.ns_per_head(pieces)

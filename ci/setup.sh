@@ -71,7 +71,7 @@ install_palmette() {
 }
 
 project=$(sha256sum pyproject.toml setup.py version.txt | sha256sum)
-once torch "$TORCH" install_torch
+once torch "$TORCH ${PIP_ARGS:-}" install_torch
 once tools "$project" install_tools
 if [ "$*" = none ]; then exit; fi
 for extra in "$@"; do

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from palmette import _varlen
 from palmette._varlen import plan_varlen
 from palmette.reference.attention import masked_attention
 from palmette.reference.cascade import varlen_mask
@@ -221,3 +224,15 @@ OPCHECK_CASES = {
         (indptr([]), indptr([]), False, 0, 0, 1, 1, 8, 4, 4),
     ]
 }
+
+
+def test_the_bounds_know_the_planner_s_constants():
+    text = (Path(__file__).parent.parent / "csrc" / "plan" / "cost.h").read_text()
+    for name, value in (
+        ("kMaxTaskRows", _varlen._MAX_TASK_ROWS),
+        ("kKeyStep", _varlen._KEY_STEP),
+        ("kFreePartialBytes", _varlen._FREE_PARTIAL_BYTES),
+    ):
+        (found,) = re.findall(rf"{name} = ([0-9 <]+);", text)
+        number, _, shift = found.partition("<<")
+        assert int(number) << int(shift or 0) == value

@@ -88,7 +88,7 @@ struct TileView {
 };
 
 // Rows of a packed tile are this far apart: whole vectors, and an odd number of half cache lines, because
-// rows a multiple of 512 bytes apart share cache sets (12 rows at a time drop from 80 to 66 GFLOP/s).
+// rows a multiple of 512 bytes apart share cache sets (docs/performance.md).
 template <class S>
 constexpr int64_t packed_stride(int64_t d) {
   return (d + 2 * S::kLanes - 1) / (2 * S::kLanes) * (2 * S::kLanes) + 8;

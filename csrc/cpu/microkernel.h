@@ -22,9 +22,9 @@
 
 namespace palmette::PALMETTE_ISA_NS {
 
-// Rows that will be read soon. Every step of the inner loop asks for a line or a few, because a burst of
-// prefetches fills the miss queue and stalls the loads behind it (a chain of 4,160 keys: 3.1 ms in
-// bursts, 1.75 spread out).
+// Rows that will be read soon. Every step of the inner loop asks for a line or a few: a core drops requests
+// beyond those that it has buffers for, or stalls the loads behind them (docs/performance.md, "What bounds a
+// chain").
 struct PrefetchQueue {
   const char* const* row = nullptr;  // the next row
   const char* const* end = nullptr;

@@ -2,17 +2,18 @@
 // What the tile kernel costs, as the planner sees it: which keys to read together, and where to cut work in
 // equal parts.
 //
-//   cost(item) = item + rows * row + keys * max(read, pack + lanes(rows) * key)     [ns per KV head, one
-//   thread]
+// In ns per KV head, on one thread:
 //
-//   rows  = queries of the item * (query heads per KV head)
-//   lanes = rows as the kernel runs them (cpu/rows.h): full blocks of 16, and for the rest a block that costs
-//   as
-//           much as kLanes4 or kLanes8 rows of a full one
+//   cost(item) = item + rows * row + keys * max(read, pack + lanes(rows) * key)
+//
+//   rows   queries of the item * (query heads per KV head)
+//   lanes  rows as the kernel runs them (cpu/rows.h): full blocks of 16; the rest in a block that costs as
+//          much as kLanes4 or kLanes8 rows of a full one
 //
 // The constants hold for head_dim 128 and grow in proportion to head_dim, except `item`, which is
 // bookkeeping. `python -m bench.cost` measures them; a plan does not depend on the body that runs it, so
-// where the bodies differ (two cores of an AMD EPYC, family 26), the constant lies between them.
+// where the bodies differ (two cores of an AMD EPYC, family 26), the constant lies between them, or near
+// AVX2's where AVX-512 is less common. kItemCost is too small to measure well; it keeps out items of no use.
 //
 //   constant      ns   avx2   avx512   what it is
 //   kItemCost     50    27      0      bookkeeping of an item
@@ -40,6 +41,7 @@ constexpr int64_t kThinRows = 32;
 // Units of work that a plan aims at (tasks * KV heads), whatever the number of threads, and what one must
 // cost at least.
 constexpr double kUnits = 16, kMinUnitCost = 50e3;
+// An item of few rows is not cut into parts of fewer keys.
 constexpr int64_t kMinThinKeys = 192;
 // Items of few rows get tasks of their own when they are at least this part of the cost.
 constexpr double kWorthSeparating = 0.05;
