@@ -293,7 +293,6 @@ struct Forward {
           const T top = m_new > m ? m_new : m;
           old_weight[r] = exp2_scalar(m - top);
           new_weight[r] = exp2_scalar(m_new - top);
-          if (l_new == 0) new_weight[r] = 0;  // saw no key here: whatever its lanes hold
           l = l == 0 ? l_new * new_weight[r] : l * old_weight[r] + l_new * new_weight[r];
           m = top;
         }

@@ -57,7 +57,6 @@ struct Merge {
   using V = typename S::V;
   static constexpr int L = S::kLanes;
   static constexpr A kInf = std::numeric_limits<A>::infinity();
-  static constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
   static constexpr A kLn2 = A(0.69314718055994530942);
 
   static V load_heads(const A* p, int64_t stride, int heads) {
@@ -72,12 +71,10 @@ struct Merge {
     const A* lses =
         static_cast<const A*>(p.lses) + n * p.lses_query + rows.begin * p.lses_state + h * p.lses_head;
     V top = S::splat(-kInf);
-    typename S::I bad{};  // a state with +inf or NaN
     for (int64_t s = 0; s < rows.count; ++s) {
       const V l = load_heads(lses + s * p.lses_state, p.lses_head, heads);
       S::store(table + s * L, l);
       top = S::max(top, l);
-      bad |= ~(l < S::splat(kInf));
     }
     const V shift = S::select(top == S::splat(-kInf), S::zero(), top);
     V sum = S::zero();
@@ -87,14 +84,13 @@ struct Merge {
       sum += w;
       S::store(table + s * L, S::select(l == S::splat(-kInf), S::splat(kEmpty), w));
     }
-    const V scale = S::select(bad, S::splat(kNaN), S::splat(A(1)) / sum);
+    const V scale = S::splat(A(1)) / sum;  // NaN if a state has +inf (inf - inf) or NaN
     for (int64_t s = 0; s < rows.count; ++s) {
       const V w = S::load(table + s * L);
       S::store(table + s * L, S::select(w < S::zero(), w, w * scale));
     }
     const V log_sum = p.base2 ? S::log2(sum) : S::log(sum);
-    V merged = S::select(top == S::splat(-kInf), top, top + log_sum);
-    merged = S::select(bad, S::splat(kNaN), merged);
+    const V merged = top + log_sum;  // -inf where all are empty, as log 0 is -inf
     A* lse = static_cast<A*>(p.lse) + n * p.num_heads + h;
     if (heads == L) return S::store(lse, merged);
     S::store_n(lse, merged, heads);
