@@ -17,7 +17,7 @@ check() { # check <name> <command>...
   "$@" || failed+=("$name")
 }
 
-mapfile -t cpp < <(git ls-files --cached --others --exclude-standard '*.cpp' '*.h')
+mapfile -t cpp < <(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cuh')
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace palmette::emulator {
+
+enum class Order { forward, reverse, random };  // of warps, of lanes in a warp, and of blocks
+
+struct Options {
+  Order order = Order::forward;
+  uint64_t seed = 1;                // of the random order: the same seed is the same schedule
+  int workers = 1;                  // OS threads that share the blocks out
+  int warp_size = 32;               // 32 or 64
+  size_t shared_limit = 227 << 10;  // bytes of shared memory that a block may have (H100)
+};
+
+Options& options();
+
+}  // namespace palmette::emulator

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every PTX instruction that kernels use, twice: as inline PTX for the device, and as its definition in the
+// PTX ISA manual for the emulator.
+#pragma once
+
+#include "gpu/gpu.cuh"
+
+#if defined(__CUDACC__)
+#define PTX_SITE
+#define PTX_COMMA_SITE
+#else
+#define PTX_SITE EMULATOR_SITE
+#define PTX_COMMA_SITE , EMULATOR_SITE
+#endif
+
+namespace palmette::ptx {
+
+// ---- numbers
+
+// 2^x; ex2.approx.ftz.f32 is off by about 2 ulp and flushes denormal results.
+__device__ __forceinline__ float ex2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#elif !defined(__CUDACC__)
+  const float y = std::exp2(x);
+  return std::fabs(y) < 1.17549435e-38f ? 0.0f : y;
+#else
+  return 0;
+#endif
+}
+
+// Two floats rounded to nearest even; `low` lies in the lower half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#elif !defined(__CUDACC__)
+  auto narrow = [](float value) -> uint32_t {
+    const uint32_t u = __float_as_uint(value);
+    return value != value ? 0x7FFFu : (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
+  };
+  return narrow(low) | narrow(high) << 16;
+#else
+  return 0;
+#endif
+}
+
+// ---- asynchronous copies into shared memory
+
+// 16 bytes past L1; of the source, `source_bytes` are read and the rest is zeros.
+__device__ __forceinline__ void copy_async_16(void* to, const void* from,
+                                              uint32_t source_bytes = 16 PTX_COMMA_SITE) {
+#if defined(__CUDA_ARCH__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(source_bytes)
+               : "memory");
+#elif !defined(__CUDACC__)
+  emulator::copy_async(to, from, 16, source_bytes, site);
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulator::commit_copies();
+#endif
+}
+
+// Until at most `kInFlight` of this thread's groups are on their way. Other threads' copies need a barrier
+// too.
+template <int kInFlight>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
+#elif !defined(__CUDACC__)
+  emulator::wait_for_copies(kInFlight);
+#endif
+}
+
+// ---- named barriers
+
+__device__ __forceinline__ void barrier_sync(int id, int threads PTX_COMMA_SITE) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#elif !defined(__CUDACC__)
+  emulator::wait_at_barrier(id, static_cast<unsigned>(threads), 0, site);
+#endif
+}
+
+__device__ __forceinline__ void barrier_arrive(int id, int threads PTX_COMMA_SITE) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#elif !defined(__CUDACC__)
+  emulator::arrive_at_barrier(id, static_cast<unsigned>(threads), site);
+#endif
+}
+
+// ---- matrices
+
+#if !defined(__CUDACC__)
+namespace definition {
+
+// ldmatrix .x4: lanes 8 i .. 8 i + 7 name the rows of the i-th 8 x 8 matrix of 16-bit elements. Lane l
+// receives elements (l / 4, 2 (l % 4)) and the one right of it; transposed, (2 (l % 4), l / 4) and the one
+// below.
+struct LoadMatrixArgument {
+  const void* row;
+  uint32_t result[4];
+};
+template <bool kTransposed>
+struct LoadMatrix {
+  void operator()(LoadMatrixArgument** arguments, emulator::Thread**, emulator::LaneMask) const {
+    uint16_t element[32][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const void* row = arguments[lane]->row;
+      if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+        emulator::fail("ldmatrix: the row of lane %d is no multiple of 16 bytes", lane);
+      if (!emulator::is_shared(row, 16))
+        emulator::fail("ldmatrix: the row of lane %d is not in shared memory", lane);
+      std::memcpy(element[lane], row, 16);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        auto at = [&](int row, int column) { return uint32_t{element[8 * matrix + row][column]}; };
+        const int major = lane / 4, minor = lane % 4 * 2;
+        arguments[lane]->result[matrix] = kTransposed ? at(minor, major) | at(minor + 1, major) << 16
+                                                      : at(major, minor) | at(major, minor + 1) << 16;
+      }
+    }
+  }
+};
+
+// mma.m16n8k16: D [16, 8] += A [16, 16] B [16, 8]. Lane l holds, with g = l / 4 and t = 2 (l % 4):
+//   a[0] (g, t), a[1] (g + 8, t), a[2] (g, t + 8), a[3] (g + 8, t + 8), each with the element right of it
+//   b[0] (t, g), b[1] (t + 8, g), each with the element below it
+//   d[0] (g, t), d[1] (g, t + 1), d[2] (g + 8, t), d[3] (g + 8, t + 1)
+// Sums are exact here and rounded once; tensor cores round otherwise, so results agree to rounding only.
+struct MultiplyArgument {
+  const uint32_t *a, *b;
+  float* d;
+};
+template <class Widen>
+struct Multiply16x8x16 {
+  void operator()(MultiplyArgument** arguments, emulator::Thread**, emulator::LaneMask) const {
+    double a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const MultiplyArgument& x = *arguments[lane];
+      const int g = lane / 4, t = lane % 4 * 2;
+      for (int half = 0; half < 2; ++half) {
+        auto value = [half](uint32_t pair) {
+          return Widen{}(static_cast<uint16_t>(half != 0 ? pair >> 16 : pair));
+        };
+        a[g][t + half] = value(x.a[0]);
+        a[g + 8][t + half] = value(x.a[1]);
+        a[g][t + 8 + half] = value(x.a[2]);
+        a[g + 8][t + 8 + half] = value(x.a[3]);
+        b[t + half][g] = value(x.b[0]);
+        b[t + 8 + half][g] = value(x.b[1]);
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 8; ++column) {
+        float& d = arguments[row % 8 * 4 + column / 2]->d[row / 8 * 2 + column % 2];
+        double sum = d;
+        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        d = static_cast<float>(sum);
+      }
+    }
+  }
+};
+struct WidenBf16 {
+  double operator()(uint16_t bits) const { return __uint_as_float(uint32_t{bits} << 16); }
+};
+struct WidenFp16 {
+  double operator()(uint16_t bits) const {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double size = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
+                        : exponent == 0 ? std::ldexp(fraction, -24)
+                                        : std::ldexp(fraction + 1024, exponent - 25);
+    return (bits & 0x8000) != 0 ? -size : size;
+  }
+};
+
+}  // namespace definition
+#endif
+
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void* row PTX_COMMA_SITE) {
+#if defined(__CUDA_ARCH__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+                 : "r"(address)
+                 : "memory");
+  }
+#elif !defined(__CUDACC__)
+  definition::LoadMatrixArgument argument{row, {}};
+  emulator::join_warp(0xFFFFFFFFu, "ldmatrix", true, argument, definition::LoadMatrix<kTransposed>{}, site);
+  for (int i = 0; i < 4; ++i) result[i] = argument.result[i];
+#endif
+}
+
+__device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1 PTX_COMMA_SITE) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif !defined(__CUDACC__)
+  const uint32_t b[2] = {b0, b1};
+  definition::MultiplyArgument argument{a, b, d};
+  emulator::join_warp(0xFFFFFFFFu, "mma.bf16", true, argument,
+                      definition::Multiply16x8x16<definition::WidenBf16>{}, site);
+#endif
+}
+
+__device__ __forceinline__ void multiply_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1 PTX_COMMA_SITE) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif !defined(__CUDACC__)
+  const uint32_t b[2] = {b0, b1};
+  definition::MultiplyArgument argument{a, b, d};
+  emulator::join_warp(0xFFFFFFFFu, "mma.fp16", true, argument,
+                      definition::Multiply16x8x16<definition::WidenFp16>{}, site);
+#endif
+}
+
+}  // namespace palmette::ptx

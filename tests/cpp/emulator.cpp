@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0
+// palmette_emulator: small GPU kernels, correct ones and defective ones, and the emulator that must tell them
+// apart. run(kernel, n, grid, block, output) launches kernel(int* output, int n).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "gpu/emulator/options.h"
+#include "gpu/ptx.cuh"
+
+namespace py = pybind11;
+using namespace palmette;
+using gpu::bf16;
+
+namespace {
+
+constexpr uint64_t kAll = ~uint64_t{0};
+constexpr unsigned kWarp = 0xFFFFFFFFu;
+
+struct Numbers {
+  int x[256];
+  int count;
+};
+
+__device__ int thread() { return static_cast<int>(threadIdx.x); }
+
+#define KERNEL(name) __global__ void name([[maybe_unused]] int* out, [[maybe_unused]] int n)
+
+// ---- correct, if unusual
+
+KERNEL(indices) {
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const unsigned inner = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  const unsigned at = block * blockDim.x * blockDim.y * blockDim.z + inner;
+  out[at] = static_cast<int>(at);
+}
+KERNEL(some_return_early) {  // who has returned is not waited for
+  if (thread() >= n) return;
+  __syncthreads();
+  out[thread()] = __syncthreads_count(1);
+}
+KERNEL(votes) {
+  out[3 * thread()] = __syncthreads_or(thread() == 5);
+  out[3 * thread() + 1] = __syncthreads_and(thread() < n);
+  out[3 * thread() + 2] = __syncthreads_count(thread() % 3 == 0);
+}
+KERNEL(trips_differ_by_warp) {
+  int value = thread();
+  for (int i = 0; i <= thread() / 32; ++i) value += __shfl_xor_sync(kAll, value, 1);
+  out[thread()] = value;
+}
+KERNEL(shuffles) {
+  int* row = out + 4 * thread();
+  row[0] = __shfl_sync(kAll, thread(), 3, 8);
+  row[1] = __shfl_up_sync(kAll, thread(), 2, 8);
+  row[2] = __shfl_down_sync(kAll, thread(), 2, 8);
+  row[3] = static_cast<int>(__shfl_xor_sync(kAll, static_cast<double>(thread()), 5));
+}
+KERNEL(half_warps_apart) {  // two instructions at once, each with its own lanes
+  if (thread() % 32 < 16) {
+    out[thread()] = __shfl_xor_sync(0xFFFFu, thread(), 8);
+  } else {
+    out[thread()] = __shfl_xor_sync(0xFFFF0000u, thread(), 4);
+  }
+}
+KERNEL(warp_votes) {
+  int* row = out + 5 * thread();
+  row[0] = __reduce_add_sync(kAll, thread());
+  row[1] = __reduce_max_sync(kAll, -thread());
+  row[2] = __popcll(__ballot_sync(kAll, thread() % 2));
+  row[3] = __any_sync(kAll, thread() == 40);
+  row[4] = __all_sync(kAll, thread() < n);
+}
+KERNEL(whole_warp) {  // as many lanes as a warp has
+  int value = thread();
+  for (int step = warpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAll, value, step);
+  out[thread()] = value;
+}
+KERNEL(tree_sum) {
+  auto& s = gpu::shared<Numbers>();
+  if (thread() < 256) s.x[thread()] = 1;
+  for (int half = 128; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread() < half) s.x[thread()] += s.x[thread() + half];
+  }
+  __syncthreads();
+  out[thread()] = s.x[0];
+}
+KERNEL(atomics) {
+  atomicAdd(&out[0], thread());
+  atomicMax(&out[1], thread());
+  atomicOr(&out[2], 1 << thread() % 31);
+  auto& s = gpu::shared<Numbers>();
+  if (thread() == 0) s.count = 0;
+  __syncthreads();
+  atomicAdd(&s.count, 1);
+  __syncthreads();
+  if (thread() == 0) atomicAdd(&out[3], s.count);
+}
+KERNEL(last_block_sums) {  // each block publishes, the last one to come reads
+  auto& s = gpu::shared<Numbers>();
+  out[2 + blockIdx.x * blockDim.x + threadIdx.x] = thread() + 1;
+  __threadfence();
+  __syncthreads();
+  if (thread() == 0) s.count = static_cast<int>(atomicInc(reinterpret_cast<unsigned*>(out), gridDim.x - 1));
+  __syncthreads();
+  if (s.count != static_cast<int>(gridDim.x) - 1 || thread() != 0) return;
+  int sum = 0;
+  for (unsigned i = 0; i < gridDim.x * blockDim.x; ++i) sum += out[2 + i];
+  out[1] = sum;
+}
+KERNEL(producers_and_consumers) {  // warp 0 fills, the other warps read; two named barriers
+  auto& s = gpu::shared<Numbers>();
+  const int all = static_cast<int>(blockDim.x);
+  int sum = 0;
+  for (int round = 0; round < n; ++round) {
+    if (thread() < 32) {
+      s.x[thread()] = round * 100 + thread();
+      ptx::barrier_arrive(1, all);
+      ptx::barrier_sync(2, all);
+    } else {
+      ptx::barrier_sync(1, all);
+      sum += s.x[thread() % 32];
+      ptx::barrier_arrive(2, all);
+    }
+  }
+  out[thread()] = sum;
+}
+KERNEL(copies_in_two_stages) {
+  auto& s = gpu::shared<Numbers>();
+  auto ask = [&](int stage) {
+    if (stage < n) ptx::copy_async_16(&s.x[stage % 2 * 128 + 4 * thread()], out + 128 * stage + 4 * thread());
+    ptx::commit_copies();
+  };
+  ask(0);
+  int sum = 0;
+  for (int stage = 0; stage < n; ++stage) {
+    ask(stage + 1);
+    ptx::wait_for_copies<1>();
+    __syncthreads();
+    sum += s.x[stage % 2 * 128 + (4 * thread() + 64) % 128];
+    __syncthreads();
+  }
+  ptx::wait_for_copies<0>();
+  out[128 * n + thread()] = sum;
+}
+KERNEL(copy_of_a_part) {
+  auto& s = gpu::shared<Numbers>();
+  ptx::copy_async_16(&s.x[4 * thread()], out + 4 * thread(), static_cast<uint32_t>(n));
+  ptx::commit_copies();
+  ptx::wait_for_copies<0>();
+  for (int i = 0; i < 4; ++i) out[4 * thread() + i] = s.x[4 * thread() + i];
+}
+
+// ---- defective
+
+KERNEL(lanes_part_in_a_shuffle) {
+  if (thread() % 2 == 0) {
+    out[thread()] = __shfl_xor_sync(kAll, thread(), 2);
+  } else {
+    out[thread()] = __shfl_xor_sync(kAll, thread(), 4);
+  }
+}
+KERNEL(a_lane_is_missing) {
+  if (thread() != 5) {
+    out[thread()] = __shfl_xor_sync(kAll, thread(), 2);
+  } else {
+    __syncthreads();
+  }
+}
+KERNEL(reads_an_absent_lane) {
+  if (thread() < 16) out[thread()] = __shfl_xor_sync(0xFFFFu, thread(), 16);
+}
+KERNEL(mask_without_the_caller) { out[thread()] = __shfl_xor_sync(0xFFFFu, thread(), 1); }
+KERNEL(barrier_in_two_branches) {
+  if (thread() < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[thread()] = 0;
+}
+KERNEL(barrier_of_a_few) {
+  if (thread() < 32) ptx::barrier_sync(1, 64);
+  __syncthreads();
+}
+KERNEL(barrier_counts_differ) { ptx::barrier_sync(1, thread() < 32 ? 64 : 96); }
+KERNEL(barrier_of_half_a_warp) { ptx::barrier_sync(1, 48); }
+KERNEL(barrier_beyond_15) { ptx::barrier_sync(16, 64); }
+KERNEL(more_shared_memory_than_launched) { gpu::shared<int[100000]>()[thread()] = 0; }
+KERNEL(copy_never_waited_for) {
+  ptx::copy_async_16(&gpu::shared<Numbers>().x[4 * (thread() % 64)], out);
+  ptx::commit_copies();
+}
+KERNEL(copy_outside_shared) {
+  alignas(16) int local[4];
+  ptx::copy_async_16(local, out);
+}
+KERNEL(copy_misaligned) { ptx::copy_async_16(&gpu::shared<Numbers>().x[1], out); }
+KERNEL(copy_read_too_early) {  // wrong numbers, as on a device at times: NaN and -1 here, always
+  auto& s = gpu::shared<Numbers>();
+  ptx::copy_async_16(&s.x[4 * thread()], out + 4 * thread());
+  ptx::commit_copies();
+  ptx::wait_for_copies<1>();
+  const int early = s.x[4 * thread()];
+  ptx::wait_for_copies<0>();
+  out[4 * thread()] = early;
+}
+KERNEL(matrix_of_a_part_of_a_warp) {
+  auto& s = gpu::shared<Numbers>();
+  uint32_t r[4];
+  if (thread() % 32 >= 8) return;
+  __syncwarp(0xFF);
+  ptx::load_matrix_x4<false>(r, &s.x[0]);
+  out[thread()] = static_cast<int>(r[0]);
+}
+KERNEL(matrix_row_misaligned) {
+  uint32_t r[4];
+  ptx::load_matrix_x4<false>(r, &gpu::shared<Numbers>().x[1]);
+}
+KERNEL(matrix_row_not_shared) {
+  uint32_t r[4];
+  ptx::load_matrix_x4<false>(
+      r, reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(out) & ~uintptr_t{15}));
+}
+
+struct Entry {
+  const char* name;
+  void (*kernel)(int*, int);
+};
+#define ENTRY(name) {#name, name}
+constexpr Entry kKernels[] = {
+    ENTRY(indices),
+    ENTRY(some_return_early),
+    ENTRY(votes),
+    ENTRY(trips_differ_by_warp),
+    ENTRY(shuffles),
+    ENTRY(half_warps_apart),
+    ENTRY(warp_votes),
+    ENTRY(whole_warp),
+    ENTRY(tree_sum),
+    ENTRY(atomics),
+    ENTRY(last_block_sums),
+    ENTRY(producers_and_consumers),
+    ENTRY(copies_in_two_stages),
+    ENTRY(copy_of_a_part),
+    ENTRY(lanes_part_in_a_shuffle),
+    ENTRY(a_lane_is_missing),
+    ENTRY(reads_an_absent_lane),
+    ENTRY(mask_without_the_caller),
+    ENTRY(barrier_in_two_branches),
+    ENTRY(barrier_of_a_few),
+    ENTRY(barrier_counts_differ),
+    ENTRY(barrier_of_half_a_warp),
+    ENTRY(barrier_beyond_15),
+    ENTRY(more_shared_memory_than_launched),
+    ENTRY(copy_never_waited_for),
+    ENTRY(copy_outside_shared),
+    ENTRY(copy_misaligned),
+    ENTRY(copy_read_too_early),
+    ENTRY(matrix_of_a_part_of_a_warp),
+    ENTRY(matrix_row_misaligned),
+    ENTRY(matrix_row_not_shared),
+};
+
+using Size = std::tuple<unsigned, unsigned, unsigned>;
+dim3 size_of(const Size& s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
+
+std::vector<int> run(const std::string& name, int n, const Size& grid, const Size& block,
+                     std::vector<int> out) {
+  // cp.async wants 16-byte alignment, which the allocator of a vector gives
+  for (const Entry& entry : kKernels) {
+    if (name != entry.name) continue;
+    gpu::launch(entry.name, entry.kernel, size_of(grid), size_of(block), sizeof(Numbers), nullptr, out.data(),
+                n);
+    return out;
+  }
+  throw py::key_error("no such kernel: " + name);
+}
+
+// ---- matrices: a [16, 16] times b [16, 8], each through ldmatrix and mma
+
+struct Matrices {
+  uint16_t a[16][16], b[16][8];
+};
+
+template <bool kHalf>
+__global__ void product(const uint16_t* a, const uint16_t* b, float* d) {
+  auto& s = gpu::shared<Matrices>();
+  const int lane = thread();
+  for (int i = lane; i < 256; i += 32) s.a[i / 16][i % 16] = a[i];
+  for (int i = lane; i < 128; i += 32) s.b[i / 8][i % 8] = b[i];
+  __syncwarp();
+  uint32_t fa[4], fb[4];
+  ptx::load_matrix_x4<false>(fa, &s.a[lane % 16][lane / 16 * 8]);
+  ptx::load_matrix_x4<true>(fb, &s.b[lane % 16][0]);
+  const int row = lane / 4, column = lane % 4 * 2;
+  float sum[4] = {d[row * 8 + column], d[row * 8 + column + 1], d[(row + 8) * 8 + column],
+                  d[(row + 8) * 8 + column + 1]};
+  if constexpr (kHalf) {
+    ptx::multiply_fp16(sum, fa, fb[0], fb[1]);
+  } else {
+    ptx::multiply_bf16(sum, fa, fb[0], fb[1]);
+  }
+  d[row * 8 + column] = sum[0], d[row * 8 + column + 1] = sum[1];
+  d[(row + 8) * 8 + column] = sum[2], d[(row + 8) * 8 + column + 1] = sum[3];
+}
+
+void multiply(bool half, const py::buffer& a, const py::buffer& b, const py::buffer& d) {
+  auto* kernel = half ? product<true> : product<false>;
+  gpu::launch("product", kernel, dim3(1), dim3(32), sizeof(Matrices), nullptr,
+              static_cast<const uint16_t*>(a.request().ptr), static_cast<const uint16_t*>(b.request().ptr),
+              static_cast<float*>(d.request(true).ptr));
+}
+
+void configure(const std::string& order, uint64_t seed, int workers, int warp_size) {
+  using emulator::Order;
+  emulator::Options& o = emulator::options();
+  o.order = order == "forward" ? Order::forward : order == "reverse" ? Order::reverse : Order::random;
+  o.seed = seed;
+  o.workers = workers;
+  o.warp_size = warp_size;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(palmette_emulator, m) {
+  m.def("configure", &configure);
+  m.def("run", &run, py::call_guard<py::gil_scoped_release>());
+  m.def("multiply", &multiply);
+}
