@@ -14,7 +14,7 @@ import pytest
 BUILD = Path(os.environ.get("PALMETTE_BUILD_DIR", Path(__file__).parent.parent / "build"))
 sys.path.insert(0, str(BUILD / "tests"))
 try:
-    emulator = importlib.import_module("palmette_emulator")
+    BUILDS = [importlib.import_module(name) for name in ("palmette_emulator", "palmette_emulator_check")]
 except ImportError:
     pytest.skip("tests/cpp is not built (make test builds it)", allow_module_level=True)
 finally:
@@ -23,8 +23,15 @@ finally:
 SCHEDULES = (("forward", 1), ("reverse", 1), ("random", 1), ("random", 2), ("random", 3))
 
 
+@pytest.fixture(params=BUILDS, ids=["plain", "check"], autouse=True)
+def build(request):
+    global emulator
+    emulator = request.param
+    return request.param
+
+
 @pytest.fixture(params=SCHEDULES, ids=lambda s: f"{s[0]}{s[1]}", autouse=True)
-def schedule(request):
+def schedule(request, build):
     emulator.configure(*request.param, 1, 32)
     yield request.param
     emulator.configure("forward", 1, 1, 32)
@@ -127,7 +134,9 @@ def test_copy_of_a_part(source_bytes):
     assert (got == want).all()
 
 
-def test_what_is_read_before_its_copy_lands():
+def test_what_is_read_before_its_copy_lands(build):
+    if build.checked:
+        return  # reported: see below
     got = run("copy_read_too_early", block=8, out=list(range(32)))
     assert (got[::4] == -1).all()
 
@@ -170,6 +179,56 @@ def test_defects_are_reported(kernel, message, options):
     with pytest.raises(RuntimeError, match=f"(?s){kernel}: .*(?:{message})"):
         run(kernel, **{"size": 96, **options})
     assert (run("indices", size=64) == np.arange(64)).all()  # and the next launch is fine
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message", "options"),
+    [
+        ("reads_what_nobody_wrote", "uninitialised memory: read of shared memory", {}),
+        ("no_barrier", "uninitialised memory|data race", {}),
+        ("no_sync_in_a_warp", "uninitialised memory|data race", {}),
+        ("shuffles_order_no_memory", "data race: (read|write) of shared memory", {}),
+        ("written_while_read", "data race: (read|write) of shared memory", {}),
+        ("counted_without_atomics", "data race: (read|write) of shared memory", {}),
+        ("sync_of_other_lanes", "uninitialised memory|data race", {}),
+        ("copy_seen_by_others_too_early", "a cp.async is in flight|data race|uninitialised", {"size": 256}),
+        (
+            "copy_read_too_early",
+            r"a cp.async is in flight: read of shared memory\+\d+ at emulator.cpp:",
+            {"size": 32, "block": 8},
+        ),
+        ("beyond_shared", "out of bounds", {}),
+        ("beyond_a_buffer", "out of bounds: write of 4 bytes in no buffer at emulator.cpp:", {}),
+        ("misaligned_pair", "misaligned", {}),
+        ("local_of_another_thread", "another thread's local memory", {}),
+        ("blocks_write_the_same", "race between blocks: write of out", {"grid": 2}),
+        ("last_block_without_atomics", "race between blocks: read of out", {"grid": 3, "size": 200}),
+        ("index_beyond_an_array", "array index out of bounds at emulator.cpp:", {}),
+        ("shift_too_far", "shift by more than the width at emulator.cpp:", {}),
+        ("barrier_without_arrivals", "uninitialised memory|data race", {}),
+    ],
+)
+def test_defects_that_the_check_build_sees(build, kernel, message, options):
+    if not build.checked:
+        pytest.skip("seen by the check build only")
+    with pytest.raises(RuntimeError, match=f"(?s){kernel}: .*(?:{message})"):
+        run(kernel, **{"size": 96, **options})
+
+
+def test_bytes_are_counted(build):
+    if not build.checked:
+        pytest.skip("counted by the check build only")
+    run("indices", grid=3, size=192)
+    assert emulator.traffic() == (0, 4 * 192, 0)
+    run("copies_in_two_stages", 5, block=32, out=[0] * (5 * 128 + 32))
+    assert emulator.traffic() == (4 * 5 * 128, 4 * 32, 0)
+    run("atomics", grid=7, block=96, out=[0, 0, 0, 0])
+    assert emulator.traffic()[:2] == (0, 0)
+    assert emulator.traffic()[2] >= 4 * 7 * (3 * 96 + 1)
+
+
+def test_sync_orders_the_memory_of_a_warp():
+    assert (run("sync_in_a_warp", 3, size=64) == 2 + (np.arange(64) ^ 1)).all()
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
         auto& call = *static_cast<Call*>(context);
         std::apply(call.kernel, call.arguments);
       },
-      &call, name);
+      &call, sizeof(call), name);
 }
 
 }  // namespace palmette::gpu

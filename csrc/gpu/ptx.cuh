@@ -113,7 +113,7 @@ struct LoadMatrixArgument {
 };
 template <bool kTransposed>
 struct LoadMatrix {
-  void operator()(LoadMatrixArgument** arguments, emulator::Thread**, emulator::LaneMask) const {
+  void operator()(LoadMatrixArgument** arguments, emulator::Thread** lanes, emulator::LaneMask) const {
     uint16_t element[32][8];
     for (int lane = 0; lane < 32; ++lane) {
       const void* row = arguments[lane]->row;
@@ -121,6 +121,7 @@ struct LoadMatrix {
         emulator::fail("ldmatrix: the row of lane %d is no multiple of 16 bytes", lane);
       if (!emulator::is_shared(row, 16))
         emulator::fail("ldmatrix: the row of lane %d is not in shared memory", lane);
+      emulator::note_read(*lanes[lane], row, 16);
       std::memcpy(element[lane], row, 16);
     }
     for (int lane = 0; lane < 32; ++lane) {

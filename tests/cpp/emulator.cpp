@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "gpu/emulator/checker.h"
 #include "gpu/emulator/options.h"
 #include "gpu/ptx.cuh"
 
@@ -226,6 +227,115 @@ KERNEL(matrix_row_not_shared) {
       r, reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(out) & ~uintptr_t{15}));
 }
 
+// ---- defective, as the check build sees
+
+KERNEL(reads_what_nobody_wrote) {
+  auto& s = gpu::shared<Numbers>();
+  if (thread() < 63) s.x[thread()] = 1;
+  __syncthreads();
+  out[thread()] = s.x[thread()];
+}
+KERNEL(no_barrier) {
+  auto& s = gpu::shared<Numbers>();
+  s.x[thread()] = 1;
+  out[thread()] = s.x[thread() ^ 32];
+}
+KERNEL(no_sync_in_a_warp) {
+  auto& s = gpu::shared<Numbers>();
+  s.x[thread()] = 1;
+  out[thread()] = s.x[thread() ^ 1];
+}
+KERNEL(shuffles_order_no_memory) {
+  auto& s = gpu::shared<Numbers>();
+  s.x[thread()] = 1;
+  const int value = __shfl_xor_sync(kAll, thread(), 1);
+  out[thread()] = value + s.x[thread() ^ 1];
+}
+KERNEL(written_while_read) {
+  auto& s = gpu::shared<Numbers>();
+  s.x[thread()] = 1;
+  __syncthreads();
+  const int value = s.x[(thread() + 32) % 64];
+  s.x[thread()] = 2;
+  out[thread()] = value;
+}
+KERNEL(counted_without_atomics) {
+  auto& s = gpu::shared<Numbers>();
+  if (thread() == 0) s.count = 0;
+  __syncthreads();
+  s.count += 1;
+  __syncthreads();
+  out[thread()] = s.count;
+}
+KERNEL(sync_of_other_lanes) {  // each half of a warp on its own, and a look into the other half
+  auto& s = gpu::shared<Numbers>();
+  s.x[thread()] = 1;
+  __syncwarp(thread() % 32 < 16 ? 0xFFFFu : 0xFFFF0000u);
+  out[thread()] = s.x[thread() ^ 16];
+}
+KERNEL(copy_seen_by_others_too_early) {  // waited for by the thread that asked, no barrier after
+  auto& s = gpu::shared<Numbers>();
+  ptx::copy_async_16(&s.x[4 * thread()], out + 4 * thread());
+  ptx::commit_copies();
+  ptx::wait_for_copies<0>();
+  const int value = s.x[4 * (thread() ^ 32)];
+  __syncthreads();
+  out[thread()] = value;
+}
+KERNEL(beyond_shared) {
+  auto& s = gpu::shared<Numbers>();
+  (&s.count)[thread()] = 0;
+}
+KERNEL(beyond_a_buffer) { out[96 + thread()] = 0; }
+KERNEL(misaligned_pair) {
+  if (thread() == 0)
+    *reinterpret_cast<int2*>(out + 1 - reinterpret_cast<uintptr_t>(out) / 4 % 2) = make_int2(1, 2);
+}
+KERNEL(local_of_another_thread) {
+  auto& s = gpu::shared<int* [64]>();
+  int mine[2] = {thread(), n};
+  s[thread()] = mine;
+  __syncthreads();
+  out[thread()] = *static_cast<volatile int*>(s[thread() ^ 1]);
+  __syncthreads();
+}
+KERNEL(blocks_write_the_same) { out[thread()] = static_cast<int>(blockIdx.x); }
+KERNEL(last_block_without_atomics) {
+  out[blockIdx.x * blockDim.x + threadIdx.x] = thread();
+  __syncthreads();
+  if (thread() == 0) {
+    int sum = 0;
+    for (unsigned i = 0; i < gridDim.x * blockDim.x; ++i) sum += *static_cast<volatile int*>(out + i);
+    out[blockIdx.x * blockDim.x] = sum;
+  }
+}
+KERNEL(index_beyond_an_array) {
+  volatile int values[4] = {1, 2, 3, 4};
+  out[thread()] = values[thread() & 7];
+}
+KERNEL(shift_too_far) { out[thread()] = 1 << (n + thread()); }
+KERNEL(barrier_without_arrivals) {  // the producer forgets to arrive before it waits
+  auto& s = gpu::shared<Numbers>();
+  if (thread() < 32) {
+    ptx::barrier_arrive(1, 64);
+    s.x[thread()] = thread();
+  } else {
+    ptx::barrier_sync(1, 64);
+    out[thread()] = s.x[thread() % 32];
+  }
+}
+KERNEL(sync_in_a_warp) {
+  auto& s = gpu::shared<Numbers>();
+  int value = 0;
+  for (int i = 0; i < n; ++i) {
+    s.x[thread()] = i + thread();
+    __syncwarp();
+    value = s.x[thread() ^ 1];
+    __syncwarp();
+  }
+  out[thread()] = value;
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(int*, int);
@@ -261,9 +371,29 @@ constexpr Entry kKernels[] = {
     ENTRY(copy_misaligned),
     ENTRY(copy_read_too_early),
     ENTRY(matrix_of_a_part_of_a_warp),
+    ENTRY(reads_what_nobody_wrote),
+    ENTRY(no_barrier),
+    ENTRY(no_sync_in_a_warp),
+    ENTRY(shuffles_order_no_memory),
+    ENTRY(written_while_read),
+    ENTRY(counted_without_atomics),
+    ENTRY(sync_of_other_lanes),
+    ENTRY(copy_seen_by_others_too_early),
+    ENTRY(beyond_shared),
+    ENTRY(beyond_a_buffer),
+    ENTRY(misaligned_pair),
+    ENTRY(local_of_another_thread),
+    ENTRY(blocks_write_the_same),
+    ENTRY(last_block_without_atomics),
+    ENTRY(index_beyond_an_array),
+    ENTRY(shift_too_far),
+    ENTRY(barrier_without_arrivals),
+    ENTRY(sync_in_a_warp),
     ENTRY(matrix_row_misaligned),
     ENTRY(matrix_row_not_shared),
 };
+
+emulator::BufferTraffic last_traffic{};  // of `out`, in the check build
 
 using Size = std::tuple<unsigned, unsigned, unsigned>;
 dim3 size_of(const Size& s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
@@ -273,8 +403,13 @@ std::vector<int> run(const std::string& name, int n, const Size& grid, const Siz
   // cp.async wants 16-byte alignment, which the allocator of a vector gives
   for (const Entry& entry : kKernels) {
     if (name != entry.name) continue;
+    if constexpr (emulator::kChecked) {
+      emulator::forget_buffers();
+      emulator::register_buffer(out.data(), out.size() * sizeof(int), "out", true);
+    }
     gpu::launch(entry.name, entry.kernel, size_of(grid), size_of(block), sizeof(Numbers), nullptr, out.data(),
                 n);
+    if constexpr (emulator::kChecked) last_traffic = emulator::traffic_of(out.data());
     return out;
   }
   throw py::key_error("no such kernel: " + name);
@@ -309,10 +444,17 @@ __global__ void product(const uint16_t* a, const uint16_t* b, float* d) {
 }
 
 void multiply(bool half, const py::buffer& a, const py::buffer& b, const py::buffer& d) {
-  auto* kernel = half ? product<true> : product<false>;
-  gpu::launch("product", kernel, dim3(1), dim3(32), sizeof(Matrices), nullptr,
-              static_cast<const uint16_t*>(a.request().ptr), static_cast<const uint16_t*>(b.request().ptr),
-              static_cast<float*>(d.request(true).ptr));
+  const auto *from_a = static_cast<const uint16_t*>(a.request().ptr),
+             *from_b = static_cast<const uint16_t*>(b.request().ptr);
+  auto* to = static_cast<float*>(d.request(true).ptr);
+  if constexpr (emulator::kChecked) {
+    emulator::forget_buffers();
+    emulator::register_buffer(from_a, 256 * sizeof(uint16_t), "a", false);
+    emulator::register_buffer(from_b, 128 * sizeof(uint16_t), "b", false);
+    emulator::register_buffer(to, 128 * sizeof(float), "d", true);
+  }
+  gpu::launch("product", half ? product<true> : product<false>, dim3(1), dim3(32), sizeof(Matrices), nullptr,
+              from_a, from_b, to);
 }
 
 void configure(const std::string& order, uint64_t seed, int workers, int warp_size) {
@@ -326,8 +468,12 @@ void configure(const std::string& order, uint64_t seed, int workers, int warp_si
 
 }  // namespace
 
-PYBIND11_MODULE(palmette_emulator, m) {
+PYBIND11_MODULE(PALMETTE_MODULE, m) {
+  m.attr("checked") = emulator::kChecked;
   m.def("configure", &configure);
   m.def("run", &run, py::call_guard<py::gil_scoped_release>());
   m.def("multiply", &multiply);
+  m.def("traffic", [] {
+    return py::make_tuple(last_traffic.bytes_read, last_traffic.bytes_written, last_traffic.bytes_atomic);
+  });
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // __syncthreads (barrier 0, all threads that have not returned) and named barriers (bar.sync, bar.arrive).
-#include "gpu/emulator/engine.h"
+#include "gpu/emulator/checker.h"
 
 namespace palmette::emulator {
 
@@ -33,6 +33,13 @@ void release_barrier(Worker& worker, int id) {
   Barrier& barrier = worker.barriers[id];
   const unsigned expected = barrier.expected != 0 ? barrier.expected : worker.alive;
   if (barrier.arrived == 0 || barrier.arrived < expected) return;
+  if constexpr (kChecked) {
+    if (barrier.expected == 0) {
+      checker::all_met();
+    } else {
+      checker::arrivals_met(id, barrier.waiting.data(), barrier.waiting.size());
+    }
+  }
   for (RunningThread* thread : barrier.waiting) {
     thread->barrier_sum = barrier.sum;
     make_ready(*thread);
@@ -56,6 +63,7 @@ BarrierResult wait_at_barrier(int id, unsigned count, int predicate, Site site) 
 
 void arrive_at_barrier(int id, unsigned count, Site site) {
   count_in(id, count, 0, site);
+  if constexpr (kChecked) checker::arrived(running(), id);
   release_barrier(worker_of(running()), id);
 }
 

@@ -3,7 +3,7 @@
 // for all. Lanes that name each other must be in the same instruction on the same line with the same mask.
 #include <bit>
 
-#include "gpu/emulator/engine.h"
+#include "gpu/emulator/checker.h"
 
 namespace palmette::emulator {
 
@@ -43,13 +43,26 @@ bool run_mask(Warp& warp, LaneMask mask) {
     arguments[thread.lane] = thread.argument;
     lanes[thread.lane] = &thread;
   }
+  RunningThread& here = running();
+  here.in_engine = true;
   first.function(arguments, lanes, needed);
+  here.in_engine = false;
   warp.waiting &= ~needed;
   for (LaneMask left = needed; left != 0; left &= left - 1) make_ready(*warp.lane[std::countr_zero(left)]);
   return true;
 }
 
 }  // namespace
+
+void order_memory([[maybe_unused]] Thread** lanes, [[maybe_unused]] LaneMask active) {
+  if constexpr (kChecked) {
+    RunningThread* threads[kMaxLanes];
+    size_t count = 0;
+    for (LaneMask left = active; left != 0; left &= left - 1)
+      threads[count++] = static_cast<RunningThread*>(lanes[std::countr_zero(left)]);
+    checker::these_met(threads, count);
+  }
+}
 
 // A lane has returned: others may have waited for it only.
 void run_collective(Worker&, Warp& warp) {

@@ -3,7 +3,7 @@
 // floating-point format, so that a missing wait shows in the result.
 #include <cstring>
 
-#include "gpu/emulator/engine.h"
+#include "gpu/emulator/checker.h"
 
 namespace palmette::emulator {
 
@@ -15,6 +15,7 @@ void copy_async(void* shared, const void* global, unsigned bytes, unsigned sourc
   if (!is_shared(shared, bytes)) fail("cp.async at %s writes outside shared memory", text_of(site).c_str());
   if (reinterpret_cast<uintptr_t>(shared) % bytes != 0 || reinterpret_cast<uintptr_t>(global) % bytes != 0)
     fail("misaligned cp.async at %s: both addresses must be multiples of %u", text_of(site).c_str(), bytes);
+  if constexpr (kChecked) checker::copy_issued(running(), shared, global, bytes, source_bytes, site);
   std::memset(shared, 0xFF, bytes);
   running().copies.push_back({shared, global, bytes, source_bytes, site});
 }
@@ -32,6 +33,7 @@ void wait_for_copies(unsigned groups_in_flight) {
     const AsyncCopy& copy = thread.copies[i];
     std::memcpy(copy.to, copy.from, copy.source_bytes);
     std::memset(static_cast<char*>(copy.to) + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+    if constexpr (kChecked) checker::copy_landed(thread, copy.to, copy.bytes);
   }
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(end));
   thread.groups.erase(thread.groups.begin(), thread.groups.begin() + static_cast<std::ptrdiff_t>(landing));

@@ -27,6 +27,7 @@ struct AsyncCopy {
 struct RunningThread : Thread {
   Fiber fiber;
   State state;
+  bool in_engine;  // what it does now is the emulator's, not the kernel's
   Warp* warp;
   Site site;  // where it waits
   // while in a collective
@@ -74,6 +75,7 @@ struct Worker : Block {
 };
 
 RunningThread& running();
+RunningThread* running_or_null();  // null in host code
 Worker& worker_of(const RunningThread& thread);
 
 // scheduler.cpp

@@ -96,4 +96,8 @@ bool Stacks::holds(const void* address) const {
   return p >= base_ && p < base_ + count_ * kStackBytes;
 }
 
+unsigned Stacks::owner(const void* address) const {
+  return static_cast<unsigned>(static_cast<size_t>(static_cast<const char*>(address) - base_) / kStackBytes);
+}
+
 }  // namespace palmette::emulator

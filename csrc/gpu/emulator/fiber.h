@@ -35,6 +35,7 @@ class Stacks {
   // A fiber that starts with `entry` on stack i; `entry` never returns.
   void start(Fiber& fiber, unsigned i, void (*entry)());
   bool holds(const void* address) const;
+  unsigned owner(const void* address) const;  // which stack holds it
 
  private:
   char* base_ = nullptr;

@@ -17,11 +17,10 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
 
-// A function returns them by value, so that no kernel can write to its index.
-#define threadIdx (uint3{::palmette::emulator::self().index})
-#define blockIdx (uint3{::palmette::emulator::self().block->index})
-#define blockDim (dim3{::palmette::emulator::self().block->size})
-#define gridDim (dim3{::palmette::emulator::self().block->grid})
+#define threadIdx (::palmette::emulator::thread_index())
+#define blockIdx (::palmette::emulator::block_index())
+#define blockDim (::palmette::emulator::block_size())
+#define gridDim (::palmette::emulator::grid_size())
 #define warpSize (::palmette::emulator::warp_size())
 
 #define EMULATOR_VECTORS(T, name)                            \

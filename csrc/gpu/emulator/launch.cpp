@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <thread>
 
-#include "gpu/emulator/engine.h"
+#include "gpu/emulator/checker.h"
 
 namespace palmette::emulator {
 
@@ -85,8 +85,14 @@ void* shared_memory(size_t bytes) {
   return block.shared;
 }
 
+void note_read([[maybe_unused]] Thread& thread, [[maybe_unused]] const void* data,
+               [[maybe_unused]] size_t bytes) {
+  if constexpr (kChecked)
+    checker::access(static_cast<RunningThread&>(thread), data, bytes, Access::read, nullptr);
+}
+
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context,
-              const char* name) {
+              [[maybe_unused]] size_t context_bytes, const char* name) {
   auto require = [&](bool ok, const char* what) {
     if (!ok) throw std::runtime_error(std::string(name) + ": " + what);
   };
@@ -104,7 +110,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), v
   g.grid = grid, g.block = block, g.shared_bytes = shared_bytes;
   g.body = body, g.context = context;
   g.blocks = order_of_blocks(static_cast<unsigned>(blocks));
-  const auto workers = static_cast<size_t>(std::max(1, options().workers));
+  if constexpr (kChecked) checker::start_grid(context, context_bytes);
+  const auto workers = kChecked ? 1 : static_cast<size_t>(std::max(1, options().workers));
   if (workers == 1 || blocks == 1) {
     run_blocks(g);
   } else {

@@ -14,6 +14,7 @@
 //   collective.cpp lanes of a warp that wait for each other
 //   copy.cpp       cp.async: copies that land when they are waited for
 //   launch.cpp     blocks, workers, shared memory
+//   checker.h      the check build: races, bounds, what nobody has written
 #pragma once
 
 #include <cstddef>
@@ -54,6 +55,11 @@ struct Thread {
 };
 
 Thread& self();
+uint3 thread_index();
+uint3 block_index();
+dim3 block_size();
+dim3 grid_size();
+unsigned lane_index();
 int warp_size();
 
 // Ends the launch; what launch() then throws names the block and the thread.
@@ -76,6 +82,9 @@ using WarpFunction = void (*)(void** arguments, Thread** lanes, LaneMask active)
 // `whole`: the instruction is defined for complete warps only (ldmatrix, mma).
 void join_warp(LaneMask mask, const char* what, bool whole, void* argument, WarpFunction function, Site site);
 
+// The lanes' memory is in order now (__syncwarp).
+void order_memory(Thread** lanes, LaneMask active);
+
 // join_warp with typed arguments; `function` has no state.
 template <class Argument, class Function>
 void join_warp(LaneMask mask, const char* what, bool whole, Argument& argument, Function, Site site) {
@@ -94,11 +103,13 @@ void commit_copies();
 void wait_for_copies(unsigned groups_in_flight);
 
 // ---- memory
+// The check build looks at what an instruction reads for a lane.
+void note_read(Thread& thread, const void* data, size_t bytes);
 bool is_shared(const void* address, size_t bytes);
 void* shared_memory(size_t bytes);
 
 // ---- launches
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context,
-              const char* name);
+              size_t context_bytes, const char* name);
 
 }  // namespace palmette::emulator

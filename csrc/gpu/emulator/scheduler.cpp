@@ -15,7 +15,7 @@
 #include <cstring>
 #include <map>
 
-#include "gpu/emulator/engine.h"
+#include "gpu/emulator/checker.h"
 
 namespace palmette::emulator {
 
@@ -117,8 +117,14 @@ uint64_t Worker::random() {  // xorshift64
 }
 
 RunningThread& running() { return *get_current(); }
+RunningThread* running_or_null() { return get_current(); }
 Thread& self() { return *get_current(); }
 Worker& worker_of(const RunningThread& thread) { return static_cast<Worker&>(*thread.block); }
+uint3 thread_index() { return self().index; }
+uint3 block_index() { return self().block->index; }
+dim3 block_size() { return self().block->size; }
+dim3 grid_size() { return self().block->grid; }
+unsigned lane_index() { return self().lane; }
 int warp_size() { return options().warp_size; }
 
 std::string name_of(const RunningThread& thread) {
@@ -195,11 +201,13 @@ void run_block(Worker& worker) {
     thread.warp = &worker.warps[i / lanes];
     thread.warp->lane[thread.lane] = &thread;
     thread.warp->alive |= LaneMask{1} << thread.lane;
+    thread.in_engine = false;
     thread.copies.clear();
     thread.groups.clear();
     worker.stacks.start(thread.fiber, i, enter_thread);
     make_ready(thread);
   }
+  if constexpr (kChecked) checker::start_block(worker);
   RunningThread* first = take_next(worker);
   set_current(first);
   jump(worker.main, first->fiber);

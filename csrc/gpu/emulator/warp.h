@@ -71,6 +71,11 @@ T fold(LaneMask mask, T value, const char* name, Site site) {
   return a.value;
 }
 
+struct SyncArgument {};
+struct RunSync {
+  void operator()(SyncArgument**, Thread** lanes, LaneMask active) const { order_memory(lanes, active); }
+};
+
 struct Add {
   template <class T>
   T operator()(T a, T b) const {
@@ -125,10 +130,11 @@ EMULATOR_REDUCE(__reduce_or_sync, unsigned, Or)
 #undef EMULATOR_REDUCE
 
 inline void __syncwarp(uint64_t mask = ~uint64_t{0}, EMULATOR_SITE) {
-  palmette::emulator::fold<palmette::emulator::Or>(mask, 0U, "__syncwarp", site);
+  palmette::emulator::SyncArgument nothing;
+  palmette::emulator::join_warp(mask, "__syncwarp", false, nothing, palmette::emulator::RunSync{}, site);
 }
 inline uint64_t __ballot_sync(uint64_t mask, int predicate, EMULATOR_SITE) {
-  const uint64_t bit = predicate != 0 ? uint64_t{1} << palmette::emulator::self().lane : 0;
+  const uint64_t bit = predicate != 0 ? uint64_t{1} << palmette::emulator::lane_index() : 0;
   return palmette::emulator::fold<palmette::emulator::Or>(mask, bit, "__ballot_sync", site);
 }
 inline int __any_sync(uint64_t mask, int predicate, EMULATOR_SITE) {
