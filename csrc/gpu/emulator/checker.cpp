@@ -68,16 +68,16 @@ std::string place(const void* address) {
       static_cast<size_t>(static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase)) - 1;
   std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
   std::string found;
-  if (FILE* output = popen(command, "r")) {
+  if (FILE* output = popen(command, "r")) {  // NOLINT(bugprone-command-processor): a tool of the compiler's
     char line[1024];
     while (found.empty() && std::fgets(line, sizeof line, output) != nullptr) {
       std::string text(line);
-      text.erase(text.find_last_not_of("\n") + 1);
+      text.erase(text.find_last_not_of('\n') + 1);
       text.erase(0, text.rfind('/') + 1);
       text.erase(std::min(text.find(" ("), text.size()));
       // the innermost line that is no helper of ours
       const bool helper = text.starts_with("language.h") || text.starts_with("atomics.h") ||
-                          text.starts_with("warp.h") || text.starts_with("gpu.cuh") || text.starts_with("?");
+                          text.starts_with("warp.h") || text.starts_with("gpu.cuh") || text.starts_with('?');
       if (!helper) found = text;
     }
     pclose(output);
@@ -165,7 +165,8 @@ bool is_constant(const char* data) {
         auto& s = *static_cast<Search*>(context);
         for (int i = 0; i < info->dlpi_phnum; ++i) {
           const auto& segment = info->dlpi_phdr[i];
-          const auto* begin = reinterpret_cast<const char*>(info->dlpi_addr + segment.p_vaddr);
+          const auto* begin = reinterpret_cast<const char*>(
+              info->dlpi_addr + segment.p_vaddr);  // NOLINT(performance-no-int-to-ptr)
           if (segment.p_type == PT_LOAD && (segment.p_flags & PF_W) == 0 && s.data >= begin &&
               s.data < begin + segment.p_memsz)
             s.found = true;

@@ -77,11 +77,12 @@ void Stacks::start(Fiber& fiber, unsigned i, void (*entry)()) {
 #if defined(__x86_64__)
   // As palmette_emulator_jump leaves a stack: six registers, then the address that it returns to, and below
   // that what looks like a caller's return address, so that the stack is aligned as after a call.
-  auto** slot = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{15});
+  top -= reinterpret_cast<uintptr_t>(top) % 16;
+  auto** slot = reinterpret_cast<void**>(top);
   *--slot = nullptr;
   *--slot = reinterpret_cast<void*>(entry);
   for (int k = 0; k < 6; ++k) *--slot = nullptr;
-  fiber.stack_pointer = slot;
+  fiber.stack_pointer = static_cast<void*>(slot);
 #else
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = base_ + i * kStackBytes;

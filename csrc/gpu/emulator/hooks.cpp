@@ -22,6 +22,7 @@ inline void look(const volatile void* data, size_t bytes, Access kind, const voi
 
 }  // namespace
 
+// NOLINTBEGIN(bugprone-reserved-identifier): the compiler chose the names
 #define HOOK extern "C" __attribute__((visibility("hidden")))
 #define CALLER __builtin_return_address(0)
 
@@ -95,5 +96,7 @@ struct UndefinedAt {
 UNDEFINED(type_mismatch_v1, "misaligned access")
 UNDEFINED(out_of_bounds, "array index out of bounds")
 UNDEFINED(shift_out_of_bounds, "shift by more than the width")
+
+// NOLINTEND(bugprone-reserved-identifier)
 
 #endif

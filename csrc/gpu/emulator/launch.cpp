@@ -116,6 +116,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), v
     run_blocks(g);
   } else {
     std::vector<std::thread> pool;
+    pool.reserve(workers);
     for (size_t i = 0; i < std::min<size_t>(workers, blocks); ++i) pool.emplace_back([&g] { run_blocks(g); });
     for (std::thread& thread : pool) thread.join();
   }
