@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ci/setup.sh demo test
-ci/build.sh -DPALMETTE_TEST_MODULE=ON
+ci/build.sh -DPALMETTE_EMULATOR=ON -DPALMETTE_TEST_MODULE=ON
 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest "$@"

@@ -74,4 +74,6 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   m.def("_set_backend(str name) -> str");
   m.def("_backends() -> str");
   m.def("_build_info() -> str");
+  m.def("_load_gpu_library(str path) -> str");
+  m.def("_gpu_kernels(str backend) -> str");
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from palmette import testing
 
-ALL_BODIES = ("scalar", "avx2", "avx2x16", "avx512")
+ALL_BODIES = ("scalar", "avx2", "avx2x16", "avx512", "emulated")
 BODIES = tuple(body for body in ALL_BODIES if body in testing.backends())
 
 # Drawn examples are the same in every run, so a failure on CI is a failure here; nightly runs may ask for
@@ -21,9 +21,22 @@ hypothesis.settings.register_profile("random", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "palmette"))
 
 
-def pytest_report_header() -> list[str]:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backends",
+        default=",".join(BODIES),
+        help="comma-separated: what tests of kernels run on, for instance emulated_check. Default: %(default)s",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     missing = [body for body in ALL_BODIES if body not in BODIES]
-    return [f"palmette: bodies {', '.join(BODIES)}; not on this CPU: {', '.join(missing) or 'none'}"]
+    return [f"palmette: backends {config.getoption('--backends')}; missing: {', '.join(missing) or 'none'}"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", metafunc.config.getoption("--backends").split(","), indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +44,9 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=BODIES)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every ISA body that this CPU has."""
+    """Runs the test once on every ISA body that this CPU has, and on the GPU kernels under the emulator."""
     with testing.backend(request.param):
         yield request.param
 

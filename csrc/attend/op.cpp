@@ -142,7 +142,7 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
   check_dim(k, "k", "[slots, Hk, D]", 3);
   check_dim(v, "v", "[slots, Hk, Dv]", 3);
   AttendParams p{};
-  p.dtype = check_element(q, "q", current_isa());
+  p.dtype = check_element(q, "q", runs_float64());
   check_dtype(k, "k", {q.scalar_type()});
   check_dtype(v, "v", {q.scalar_type()});
   p.num_q_heads = static_cast<int32_t>(q.size(1));

@@ -9,6 +9,8 @@
 #include <string>
 #include <string_view>
 
+#include "core/gpu.h"
+
 namespace palmette {
 namespace {
 
@@ -63,6 +65,13 @@ Isa find(std::string_view argument, std::string_view name) {
                            available() + "), got " + std::string(name));
 }
 
+// Bodies of the CPU, then the emulators of a GPU that have been opened.
+std::string all_backends() {
+  std::string names = available();
+  for (const std::string& name : emulators()) names += ", " + name;
+  return names;
+}
+
 Isa initial() {
   const char* name = std::getenv("PALMETTE_ISA");
   if (name != nullptr && *name != '\0') return find("PALMETTE_ISA", name);
@@ -80,15 +89,19 @@ std::string set_backend(const std::string& name) {
   for (const Body& body : kBodies) {
     if (body.isa == current_isa()) previous = body.name;
   }
-  if (!name.empty()) chosen.store(static_cast<int>(find("backend", name)));
+  if (emulator_in_use() != nullptr) previous = emulator_in_use()->backend;
+  if (name.empty()) return previous;
+  const gpu::Library* emulator = name.starts_with("emulated") ? gpu_library(name) : nullptr;
+  if (emulator == nullptr) chosen.store(static_cast<int>(find("backend", name)));
+  use_emulator(emulator);
   return previous;
 }
-
-std::string backends() { return available(); }
 
 std::string build_info() { return PALMETTE_BUILD_INFO; }
 
 }  // namespace
+
+bool runs_float64() { return emulator_in_use() == nullptr && current_isa() == Isa::scalar; }
 
 Isa current_isa() {
   int isa = chosen.load(std::memory_order_relaxed);
@@ -103,6 +116,6 @@ Isa current_isa() {
 
 STABLE_TORCH_LIBRARY_IMPL(palmette, CompositeExplicitAutograd, m) {
   m.impl("_set_backend", TORCH_BOX(&palmette::set_backend));
-  m.impl("_backends", TORCH_BOX(&palmette::backends));
+  m.impl("_backends", TORCH_BOX(&palmette::all_backends));
   m.impl("_build_info", TORCH_BOX(&palmette::build_info));
 }

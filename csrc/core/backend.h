@@ -17,6 +17,9 @@ namespace palmette {
 // PALMETTE_ISA names a body that does not exist or that this CPU cannot run.
 Isa current_isa();
 
+// Float64 kernels exist on the scalar body only.
+bool runs_float64();
+
 template <class F>
 auto dispatch_isa(F&& f) {
   switch (current_isa()) {

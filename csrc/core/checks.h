@@ -107,8 +107,21 @@ inline void check_dtype(const Tensor& t, const char* name, std::initializer_list
   require(false, name, names, dtype_text(t.scalar_type()));
 }
 
+inline const char* device_text(const Tensor& t) {
+  return t.is_cpu() ? "a CPU tensor" : t.is_cuda() ? "a CUDA tensor" : "a tensor of another device";
+}
+
 inline void check_cpu(const Tensor& t, const char* name) {
-  require(t.is_cpu(), name, "on the CPU", t.is_cuda() ? "a CUDA tensor" : "a tensor of another device");
+  require(t.is_cpu(), name, "on the CPU", device_text(t));
+}
+
+// What operators that have kernels for both take: the CPU or a GPU, everything on the same one.
+inline void check_device(const Tensor& t, const char* name) {
+  require(t.is_cpu() || t.is_cuda(), name, "on the CPU or a GPU", device_text(t));
+}
+inline void check_device(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  const bool same = t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index();
+  if (!same) require(false, name, text("on the device of ", like_name), device_text(t));
 }
 
 inline void check_contiguous(const Tensor& t, const char* name) {
@@ -119,7 +132,7 @@ inline void check_contiguous(const Tensor& t, const char* name) {
 }
 
 // The kernels' element type of a floating-point tensor; float64 only where the scalar body runs.
-inline DType check_element(const Tensor& t, const char* name, Isa isa) {
+inline DType check_element(const Tensor& t, const char* name, bool float64) {
   check_dtype(t, name, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
   switch (t.scalar_type()) {
     case ScalarType::BFloat16:
@@ -127,7 +140,7 @@ inline DType check_element(const Tensor& t, const char* name, Isa isa) {
     case ScalarType::Half:
       return DType::f16;
     case ScalarType::Double:
-      require(isa == Isa::scalar, name,
+      require(float64 && t.is_cpu(), name,
               "float32, bfloat16 or float16 (float64 runs on the scalar backend only)", "float64");
       return DType::f64;
     default:

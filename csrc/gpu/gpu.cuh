@@ -1,107 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one header that a GPU kernel includes: CUDA under nvcc, the emulator under any other compiler.
+// The one header that a GPU kernel includes: CUDA under nvcc, HIP under hipcc, the emulator under any other
+// compiler.
 //
 // A kernel keeps its shared memory in one struct, shared<S>(); it is launched through launch(); accesses
 // wider than a word go through load() and store(); every PTX instruction is in ptx.cuh.
+//
+// Lanes work together in groups of 32: a warp, or half of a wave of 64 lanes. Kernels exchange values through
+// shuffle(), shuffle_xor(), any(), all() and ballot() here, never through the compilers' own names.
 #pragma once
 
-#if defined(__CUDACC__)
-
-#include <cuda_runtime.h>
-
+#include <cstddef>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
-namespace palmette::gpu {
+#include "gpu/library.h"
 
-using Stream = cudaStream_t;
-
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-template <class S>
-__device__ __forceinline__ S& shared() {
-  extern __shared__ __align__(1024) unsigned char palmette_shared[];
-  return *reinterpret_cast<S*>(palmette_shared);
-}
-
-template <class T>
-__device__ __forceinline__ T load(const T* address) {
-  return *address;
-}
-template <class T>
-__device__ __forceinline__ void store(T* address, T value) {
-  *address = value;
-}
-
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            Stream stream, Arguments&&... arguments) {
-  if (shared_bytes > (48 << 10)) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          name);
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
-}
-
-}  // namespace palmette::gpu
-
+#if defined(__HIPCC__)
+#include "gpu/hip.h"
+#elif defined(__CUDACC__)
+#include "gpu/cuda.h"
 #else
-
-#include <tuple>
-
-#include "gpu/emulator/atomics.h"
-#include "gpu/emulator/language.h"
-#include "gpu/emulator/runtime.h"
-#include "gpu/emulator/warp.h"
-
-namespace palmette::gpu {
-
-using Stream = void*;
-
-template <class S>
-S& shared() {
-  return *static_cast<S*>(emulator::shared_memory(sizeof(S)));
-}
-
-template <class T>
-T load(const T* address) {
-  return *address;
-}
-template <class T>
-void store(T* address, T value) {
-  *address = value;
-}
-
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            Stream, Arguments&&... arguments) {
-  struct Call {
-    void (*kernel)(Parameters...);
-    std::tuple<Parameters...> arguments;
-  } call{kernel, {static_cast<Parameters>(arguments)...}};
-  emulator::run_grid(
-      grid, block, shared_bytes,
-      [](void* context) {
-        auto& call = *static_cast<Call*>(context);
-        std::apply(call.kernel, call.arguments);
-      },
-      &call, sizeof(call), name);
-}
-
-}  // namespace palmette::gpu
-
+#include "gpu/emulator/emulated.h"
 #endif
 
 namespace palmette::gpu {
+
+constexpr int kLanes = 32;
+
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) & (kLanes - 1); }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kLanes; }
+
+// Over the lanes of a group, the same on each: pairs are combined in an order that depends on nothing.
+__device__ __forceinline__ float group_max(float x PALMETTE_COMMA_SITE) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, shuffle_xor(x, step PALMETTE_COMMA_PASS));
+  return x;
+}
+__device__ __forceinline__ float group_sum(float x PALMETTE_COMMA_SITE) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) x += shuffle_xor(x, step PALMETTE_COMMA_PASS);
+  return x;
+}
+
+// Adds a launcher to the library that it is linked into:
+//     const Registration<&merge_states> registration("merge_states");
+template <auto kLaunch>
+class Registration {
+ public:
+  explicit Registration(const char* name) { add(name, kLaunch); }
+
+ private:
+  template <class Params>
+  static void add(const char* name, void (*)(const Params&, const LaunchContext&)) {
+    add_kernel({name, sizeof(Params), [](const void* params, const LaunchContext& context) {
+                  prepare(context);
+                  kLaunch(*static_cast<const Params*>(params), context);
+                }});
+  }
+};
 
 // 16-bit storage; arithmetic is done in float, or by the tensor cores.
 struct bf16 {

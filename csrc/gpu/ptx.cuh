@@ -5,14 +5,6 @@
 
 #include "gpu/gpu.cuh"
 
-#if defined(__CUDACC__)
-#define PTX_SITE
-#define PTX_COMMA_SITE
-#else
-#define PTX_SITE EMULATOR_SITE
-#define PTX_COMMA_SITE , EMULATOR_SITE
-#endif
-
 namespace palmette::ptx {
 
 // ---- numbers
@@ -31,6 +23,35 @@ __device__ __forceinline__ float ex2(float x) {
 #endif
 }
 
+#if !defined(__CUDACC__)
+namespace definition {
+
+// Rounding to nearest even, overflow to inf, denormal results kept.
+inline uint32_t narrow_bf16(float value) {
+  const uint32_t u = __float_as_uint(value);
+  return value != value ? 0x7FFFu : (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
+}
+inline uint32_t narrow_fp16(float value) {
+  const uint32_t sign = __float_as_uint(value) >> 16 & 0x8000u;
+  const float size = std::fabs(value);
+  if (value != value) return 0x7FFFu;
+  if (size >= 65520.0f) return sign | 0x7C00u;
+  const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
+  const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+  // 1024 steps are the implicit bit, and 2048 carry into the exponent by themselves
+  return sign | ((static_cast<uint32_t>(exponent + 14) << 10) + steps);
+}
+inline float widen_fp16(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
+  if (exponent == 0) return std::copysign(static_cast<float>(fraction) * 0x1p-24f, __uint_as_float(sign));
+  const uint32_t wide = exponent == 31 ? 255u << 23 : static_cast<uint32_t>(exponent + 112) << 23;
+  return __uint_as_float(sign | wide | static_cast<uint32_t>(fraction) << 13);
+}
+
+}  // namespace definition
+#endif
+
 // Two floats rounded to nearest even; `low` lies in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #if defined(__CUDA_ARCH__)
@@ -38,11 +59,31 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 #elif !defined(__CUDACC__)
-  auto narrow = [](float value) -> uint32_t {
-    const uint32_t u = __float_as_uint(value);
-    return value != value ? 0x7FFFu : (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
-  };
-  return narrow(low) | narrow(high) << 16;
+  return definition::narrow_bf16(low) | definition::narrow_bf16(high) << 16;
+#else
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#elif !defined(__CUDACC__)
+  return definition::narrow_fp16(low) | definition::narrow_fp16(high) << 16;
+#else
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ float widen_fp16(uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+#elif !defined(__CUDACC__)
+  return definition::widen_fp16(bits);
 #else
   return 0;
 #endif
@@ -52,7 +93,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 // 16 bytes past L1; of the source, `source_bytes` are read and the rest is zeros.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from,
-                                              uint32_t source_bytes = 16 PTX_COMMA_SITE) {
+                                              uint32_t source_bytes = 16 PALMETTE_COMMA_SITE) {
 #if defined(__CUDA_ARCH__)
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(source_bytes)
@@ -83,7 +124,7 @@ __device__ __forceinline__ void wait_for_copies() {
 
 // ---- named barriers
 
-__device__ __forceinline__ void barrier_sync(int id, int threads PTX_COMMA_SITE) {
+__device__ __forceinline__ void barrier_sync(int id, int threads PALMETTE_COMMA_SITE) {
 #if defined(__CUDA_ARCH__)
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 #elif !defined(__CUDACC__)
@@ -91,7 +132,7 @@ __device__ __forceinline__ void barrier_sync(int id, int threads PTX_COMMA_SITE)
 #endif
 }
 
-__device__ __forceinline__ void barrier_arrive(int id, int threads PTX_COMMA_SITE) {
+__device__ __forceinline__ void barrier_arrive(int id, int threads PALMETTE_COMMA_SITE) {
 #if defined(__CUDA_ARCH__)
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 #elif !defined(__CUDACC__)
@@ -177,20 +218,14 @@ struct WidenBf16 {
   double operator()(uint16_t bits) const { return __uint_as_float(uint32_t{bits} << 16); }
 };
 struct WidenFp16 {
-  double operator()(uint16_t bits) const {
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const double size = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
-                        : exponent == 0 ? std::ldexp(fraction, -24)
-                                        : std::ldexp(fraction + 1024, exponent - 25);
-    return (bits & 0x8000) != 0 ? -size : size;
-  }
+  double operator()(uint16_t bits) const { return widen_fp16(bits); }
 };
 
 }  // namespace definition
 #endif
 
 template <bool kTransposed>
-__device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void* row PTX_COMMA_SITE) {
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void* row PALMETTE_COMMA_SITE) {
 #if defined(__CUDA_ARCH__)
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   if (kTransposed) {
@@ -212,7 +247,7 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void
 }
 
 __device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                              uint32_t b1 PTX_COMMA_SITE) {
+                                              uint32_t b1 PALMETTE_COMMA_SITE) {
 #if defined(__CUDA_ARCH__)
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -228,7 +263,7 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)
 }
 
 __device__ __forceinline__ void multiply_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                              uint32_t b1 PTX_COMMA_SITE) {
+                                              uint32_t b1 PALMETTE_COMMA_SITE) {
 #if defined(__CUDA_ARCH__)
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

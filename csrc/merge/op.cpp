@@ -10,6 +10,7 @@
 
 #include "core/backend.h"
 #include "core/checks.h"
+#include "core/gpu.h"
 #include "merge/params.h"
 
 namespace palmette {
@@ -38,10 +39,10 @@ MergeParams check_states(Tensor& outs, const Tensor& lses, std::optional<Tensor>
   MergeParams p{};
   p.base2 = base2;
   const bool ragged = indptr.has_value();
-  check_cpu(outs, "outs");
-  check_cpu(lses, "lses");
+  check_device(outs, "outs");
+  check_device(lses, "lses", outs, "outs");
   check_dim(outs, "outs", ragged ? "[nnz, H, Dv]" : "[N, S, H, Dv]", ragged ? 3 : 4);
-  p.dtype = check_element(outs, "outs", current_isa());
+  p.dtype = check_element(outs, "outs", runs_float64());
   check_dtype(lses, "lses", {p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float});
   p.num_heads = outs.size(outs.dim() - 2);
   p.head_dim = outs.size(outs.dim() - 1);
@@ -52,17 +53,19 @@ MergeParams check_states(Tensor& outs, const Tensor& lses, std::optional<Tensor>
   p.outs_head = outs.stride(state + 1);
   if (ragged) {
     check_shape(lses, "lses", "[nnz, H]", {outs.size(0), p.num_heads});
-    check_cpu(*indptr, "indptr");
+    check_device(*indptr, "indptr", outs, "outs");
     check_dtype(*indptr, "indptr", {ScalarType::Int, ScalarType::Long});
     require(indptr->dim() == 1 && indptr->size(0) >= 1, "indptr", "[N + 1]", shape_text(*indptr));
     *indptr = torch::stable::contiguous(*indptr);
     p.num_queries = indptr->size(0) - 1;
+    // On a GPU nobody looks at the values: that would wait for everything before.
+    const bool look = indptr->is_cpu();
     if (indptr->scalar_type() == ScalarType::Int) {
       p.indptr32 = static_cast<const int32_t*>(indptr->const_data_ptr());
-      p.num_states = check_indptr(p.indptr32, p.num_queries, outs.size(0));
+      if (look) p.num_states = check_indptr(p.indptr32, p.num_queries, outs.size(0));
     } else {
       p.indptr64 = static_cast<const int64_t*>(indptr->const_data_ptr());
-      p.num_states = check_indptr(p.indptr64, p.num_queries, outs.size(0));
+      if (look) p.num_states = check_indptr(p.indptr64, p.num_queries, outs.size(0));
     }
   } else {
     check_shape(lses, "lses", "[N, S, H]", {outs.size(0), outs.size(1), p.num_heads});
@@ -97,12 +100,12 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 MergeParams check_pair(Tensor& out_a, Tensor& lse_a, Tensor& out_b, Tensor& lse_b, bool base2) {
   MergeParams p{};
   p.base2 = base2;
-  check_cpu(out_a, "out_a");
-  check_cpu(lse_a, "lse_a");
-  check_cpu(out_b, "out_b");
-  check_cpu(lse_b, "lse_b");
+  check_device(out_a, "out_a");
+  check_device(lse_a, "lse_a", out_a, "out_a");
+  check_device(out_b, "out_b", out_a, "out_a");
+  check_device(lse_b, "lse_b", out_a, "out_a");
   check_dim(out_a, "out_a", "[N, H, Dv]", 3);
-  p.dtype = check_element(out_a, "out_a", current_isa());
+  p.dtype = check_element(out_a, "out_a", runs_float64());
   p.num_queries = out_a.size(0);
   p.num_states = 2;
   p.num_heads = out_a.size(1);
@@ -133,18 +136,33 @@ MergeParams check_pair(Tensor& out_a, Tensor& lse_a, Tensor& out_b, Tensor& lse_
   return p;
 }
 
-std::tuple<Tensor, Tensor> forward(MergeParams& p, const Tensor& outs, const Tensor& lses) {
+// A tensor that kernels read or write, and what it is called.
+struct Named {
+  const Tensor& tensor;
+  const char* name;
+};
+
+std::tuple<Tensor, Tensor> forward(MergeParams& p, std::initializer_list<Named> states) {
+  const Tensor &outs = states.begin()[0].tensor, &lses = states.begin()[1].tensor;
   Tensor out = torch::stable::new_empty(outs, {p.num_queries, p.num_heads, p.head_dim});
   Tensor lse = torch::stable::new_empty(lses, {p.num_queries, p.num_heads});
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
-  dispatch_isa([&]<Isa isa>() { merge_states<isa>(p); });
+  if (GpuLaunch gpu(outs); gpu) {
+    for (const Named& state : states) gpu.reads(state.tensor, state.name);
+    gpu.writes(out, "out");
+    gpu.writes(lse, "lse");
+    gpu.run("merge_states", p);
+  } else {
+    dispatch_isa([&]<Isa isa>() { merge_states<isa>(p); });
+  }
   return {out, lse};
 }
 
 // The result of the forward and its gradient, for both forms; the caller adds where douts and dlses go.
 MergeBackwardParams check_gradient(const MergeParams& p, Tensor& dout, Tensor& dlse, Tensor& out, Tensor& lse,
-                                   ScalarType type, ScalarType lse_type) {
+                                   const Tensor& like, ScalarType lse_type) {
+  const ScalarType type = like.scalar_type();
   struct Argument {
     Tensor& tensor;
     const char* name;
@@ -152,7 +170,7 @@ MergeBackwardParams check_gradient(const MergeParams& p, Tensor& dout, Tensor& d
   };
   for (const Argument& a : {Argument{dout, "dout", true}, Argument{out, "out", true},
                             Argument{dlse, "dlse", false}, Argument{lse, "lse", false}}) {
-    check_cpu(a.tensor, a.name);
+    check_device(a.tensor, a.name, like, "the states");
     check_dtype(a.tensor, a.name, {a.state ? type : lse_type});
     if (a.state) {
       check_shape(a.tensor, a.name, "[N, H, Dv]", {p.num_queries, p.num_heads, p.head_dim});
@@ -170,23 +188,38 @@ MergeBackwardParams check_gradient(const MergeParams& p, Tensor& dout, Tensor& d
   return b;
 }
 
-std::tuple<Tensor, Tensor> merge_states_cpu(Tensor outs, const Tensor& lses, std::optional<Tensor> indptr,
+// The gradient's kernels. `reads` and `writes` name everything but dout, dlse, out and lse.
+void backward(const MergeBackwardParams& b, const Tensor& dout, const Tensor& dlse, const Tensor& out,
+              const Tensor& lse, std::initializer_list<Named> reads, std::initializer_list<Named> writes) {
+  if (GpuLaunch gpu(dout); gpu) {
+    for (const Named& t : {Named{dout, "dout"}, Named{dlse, "dlse"}, Named{out, "out"}, Named{lse, "lse"}})
+      gpu.reads(t.tensor, t.name);
+    for (const Named& t : reads) gpu.reads(t.tensor, t.name);
+    for (const Named& t : writes) gpu.writes(t.tensor, t.name);
+    gpu.run("merge_states_backward", b);
+  } else {
+    dispatch_isa([&]<Isa isa>() { merge_states_backward<isa>(b); });
+  }
+}
+
+std::tuple<Tensor, Tensor> merge_states_op(Tensor outs, const Tensor& lses, std::optional<Tensor> indptr,
                                             bool base2) {
   MergeParams p = check_states(outs, lses, indptr, base2);
-  return forward(p, outs, lses);
+  if (!indptr.has_value()) return forward(p, {{outs, "outs"}, {lses, "lses"}});
+  return forward(p, {{outs, "outs"}, {lses, "lses"}, {*indptr, "indptr"}});
 }
 
-std::tuple<Tensor, Tensor> merge_state_cpu(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b,
+std::tuple<Tensor, Tensor> merge_state_op(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b,
                                            bool base2) {
   MergeParams p = check_pair(out_a, lse_a, out_b, lse_b, base2);
-  return forward(p, out_a, lse_a);
+  return forward(p, {{out_a, "out_a"}, {lse_a, "lse_a"}, {out_b, "out_b"}, {lse_b, "lse_b"}});
 }
 
-std::tuple<Tensor, Tensor> merge_states_backward_cpu(Tensor dout, Tensor dlse, Tensor outs,
+std::tuple<Tensor, Tensor> merge_states_backward_op(Tensor dout, Tensor dlse, Tensor outs,
                                                      const Tensor& lses, std::optional<Tensor> indptr,
                                                      Tensor out, Tensor lse, bool base2) {
   const MergeParams p = check_states(outs, lses, indptr, base2);
-  MergeBackwardParams b = check_gradient(p, dout, dlse, out, lse, outs.scalar_type(), lses.scalar_type());
+  MergeBackwardParams b = check_gradient(p, dout, dlse, out, lse, outs, lses.scalar_type());
   const bool ragged = indptr.has_value();
   const int64_t first = outs.size(0);
   Tensor douts = ragged ? torch::stable::new_empty(outs, {first, p.num_heads, p.head_dim})
@@ -199,15 +232,17 @@ std::tuple<Tensor, Tensor> merge_states_backward_cpu(Tensor dout, Tensor dlse, T
   b.dlses = dlses.mutable_data_ptr();
   b.dlses_state = p.num_heads;
   b.dlses_query = ragged ? 0 : p.num_states * b.dlses_state;
-  dispatch_isa([&]<Isa isa>() { merge_states_backward<isa>(b); });
+  backward(b, dout, dlse, out, lse,
+           {{outs, "outs"}, {lses, "lses"}, {ragged ? *indptr : lses, ragged ? "indptr" : "lses"}},
+           {{douts, "douts"}, {dlses, "dlses"}});
   return {douts, dlses};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> merge_state_backward_cpu(Tensor dout, Tensor dlse, Tensor out_a,
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_state_backward_op(Tensor dout, Tensor dlse, Tensor out_a,
                                                                     Tensor lse_a, Tensor out_b, Tensor lse_b,
                                                                     Tensor out, Tensor lse, bool base2) {
   const MergeParams p = check_pair(out_a, lse_a, out_b, lse_b, base2);
-  MergeBackwardParams b = check_gradient(p, dout, dlse, out, lse, out_a.scalar_type(), lse_a.scalar_type());
+  MergeBackwardParams b = check_gradient(p, dout, dlse, out, lse, out_a, lse_a.scalar_type());
   Tensor dout_a = torch::stable::new_empty(dout, {p.num_queries, p.num_heads, p.head_dim});
   Tensor dout_b = torch::stable::new_empty(dout, {p.num_queries, p.num_heads, p.head_dim});
   Tensor dlse_a = torch::stable::new_empty(dlse, {p.num_queries, p.num_heads});
@@ -218,16 +253,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_state_backward_cpu(Tensor dout,
   b.dlses = dlse_a.mutable_data_ptr();
   b.dlses_query = p.num_heads;
   b.dlses_state = distance(dlse_a, dlse_b);
-  dispatch_isa([&]<Isa isa>() { merge_states_backward<isa>(b); });
+  backward(b, dout, dlse, out, lse,
+           {{out_a, "out_a"}, {lse_a, "lse_a"}, {out_b, "out_b"}, {lse_b, "lse_b"}},
+           {{dout_a, "dout_a"}, {dlse_a, "dlse_a"}, {dout_b, "dout_b"}, {dlse_b, "dlse_b"}});
   return {dout_a, dlse_a, dout_b, dlse_b};
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("merge_state", TORCH_BOX(&merge_state_op));
+  m.impl("merge_state_backward", TORCH_BOX(&merge_state_backward_op));
+  m.impl("merge_states", TORCH_BOX(&merge_states_op));
+  m.impl("merge_states_backward", TORCH_BOX(&merge_states_backward_op));
 }
 
 }  // namespace
 }  // namespace palmette
 
-STABLE_TORCH_LIBRARY_IMPL(palmette, CPU, m) {
-  m.impl("merge_state", TORCH_BOX(&palmette::merge_state_cpu));
-  m.impl("merge_state_backward", TORCH_BOX(&palmette::merge_state_backward_cpu));
-  m.impl("merge_states", TORCH_BOX(&palmette::merge_states_cpu));
-  m.impl("merge_states_backward", TORCH_BOX(&palmette::merge_states_backward_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(palmette, CPU, m) { palmette::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(palmette, CUDA, m) { palmette::implement(m); }

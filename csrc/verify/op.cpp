@@ -90,7 +90,7 @@ Verified run_verify(const Tensor& nodes, const Tensor& tree_counts, const Tensor
   check_cpu(rows, name);
   check_dim(rows, name, "[M, vocab]", 2);
   VerifyParams p{};
-  p.dtype = check_element(rows, name, current_isa());
+  p.dtype = check_element(rows, name, runs_float64());
   p.vocab = rows.size(1);
   require(rows.size(0) == num_nodes && p.vocab > 0, name, text("[", num_nodes, ", vocab], a row per node id"),
           shape_text(rows));

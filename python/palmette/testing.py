@@ -4,15 +4,37 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from palmette import _library as _library  # registers the operators
+from palmette import _library  # registers the operators
+
+EMULATORS = ("emulated", "emulated_check")
+_ORDERS = ("forward", "reverse", "random")
+
+
+@functools.cache
+def _emulator(name: str) -> ctypes.CDLL | None:
+    """The emulator's library, opened; None where it is not built."""
+    path = _library.LIBRARY.parent / f"libpalmette_{name}.so"
+    if not path.is_file():
+        return None
+    torch.ops.palmette._load_gpu_library(str(path))
+    return ctypes.CDLL(str(path))
 
 
 def backends() -> tuple[str, ...]:
-    """Names of the CPU bodies that this machine runs, best first; the last one is always ``"scalar"``."""
+    """Names of what CPU tensors can run on here.
+
+    The bodies that this machine runs, best first, down to ``"scalar"``; then the emulators of a GPU that are
+    built: ``"emulated"``, and ``"emulated_check"``, which looks at every access to memory.
+    """
+    for name in EMULATORS:
+        _emulator(name)
     return tuple(torch.ops.palmette._backends().split(", "))
 
 
@@ -27,12 +49,15 @@ def current_backend() -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs the enclosed code on one CPU body: ``"scalar"``, ``"avx2"``, ``"avx2x16"`` or ``"avx512"``.
+    """Runs the enclosed code on one CPU body, or on the GPU kernels as the emulator executes them.
 
     The choice is global to the process, not to the thread.
 
+    Args:
+        name: ``"scalar"``, ``"avx2"``, ``"avx2x16"``, ``"avx512"``, ``"emulated"`` or ``"emulated_check"``.
+
     Raises:
-        ValueError: the body does not exist or this machine does not run it.
+        ValueError: the backend does not exist, is not built, or this machine does not run it.
     """
     if name not in backends():
         raise ValueError(f"backend must be one of {', '.join(backends())}, got {name!r}")
@@ -41,6 +66,62 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.palmette._set_backend(previous)
+
+
+@contextlib.contextmanager
+def emulator(
+    *, order: str = "forward", seed: int = 1, warp_size: int = 32, shared_limit: int = 227 << 10
+) -> Iterator[None]:
+    """How the emulators execute kernels while the enclosed code runs.
+
+    Args:
+        order: of blocks, warps and lanes: ``"forward"``, ``"reverse"`` or ``"random"``.
+        seed: of the random order; the same seed is the same schedule.
+        warp_size: 32, or 64 as on some AMD GPUs, where kernels use no tensor cores.
+        shared_limit: bytes of shared memory that a block may have. Default: an H100's.
+
+    Raises:
+        ValueError: order or warp_size is unknown.
+    """
+    if order not in _ORDERS:
+        raise ValueError(f"order must be one of {', '.join(_ORDERS)}, got {order!r}")
+    if warp_size not in (32, 64):
+        raise ValueError(f"warp_size must be 32 or 64, got {warp_size}")
+    libraries = [library for name in EMULATORS if (library := _emulator(name)) is not None]
+
+    def configure(*options: int) -> None:
+        for library in libraries:
+            library.palmette_emulator_configure(
+                options[0], ctypes.c_uint64(options[1]), options[2], ctypes.c_uint64(options[3])
+            )
+
+    configure(_ORDERS.index(order), seed, warp_size, shared_limit)
+    try:
+        yield
+    finally:
+        configure(0, 1, 32, 227 << 10)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that kernels moved between one tensor and the chip, each time an instruction asked for them."""
+
+    read: int
+    written: int
+    atomic: int
+
+
+def traffic(name: str) -> Traffic:
+    """What the last operator on ``"emulated_check"`` moved of a tensor, by the argument's name (``"k"``).
+
+    Raises:
+        ValueError: that operator had no such tensor, or the check build of the emulator is missing.
+    """
+    library = _emulator("emulated_check")
+    counts = (ctypes.c_uint64 * 3)()
+    if library is None or not library.palmette_emulator_traffic(name.encode(), counts):
+        raise ValueError(f"name must be a tensor of the last operator on 'emulated_check', got {name!r}")
+    return Traffic(*counts)
 
 
 def assert_accurate(

@@ -407,9 +407,9 @@ std::vector<int> run(const std::string& name, int n, const Size& grid, const Siz
       emulator::forget_buffers();
       emulator::register_buffer(out.data(), out.size() * sizeof(int), "out", true);
     }
-    gpu::launch(entry.name, entry.kernel, size_of(grid), size_of(block), sizeof(Numbers), nullptr, out.data(),
+    gpu::launch(entry.name, entry.kernel, size_of(grid), size_of(block), sizeof(Numbers), {}, out.data(),
                 n);
-    if constexpr (emulator::kChecked) last_traffic = emulator::traffic_of(out.data());
+    if constexpr (emulator::kChecked) last_traffic = *emulator::traffic_of("out");
     return out;
   }
   throw py::key_error("no such kernel: " + name);
@@ -453,7 +453,7 @@ void multiply(bool half, const py::buffer& a, const py::buffer& b, const py::buf
     emulator::register_buffer(from_b, 128 * sizeof(uint16_t), "b", false);
     emulator::register_buffer(to, 128 * sizeof(float), "d", true);
   }
-  gpu::launch("product", half ? product<true> : product<false>, dim3(1), dim3(32), sizeof(Matrices), nullptr,
+  gpu::launch("product", half ? product<true> : product<false>, dim3(1), dim3(32), sizeof(Matrices), {},
               from_a, from_b, to);
 }
 

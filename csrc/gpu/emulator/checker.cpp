@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstdio>
-#include <map>
 #include <set>
 #include <string>
 
@@ -38,7 +37,7 @@ struct Buffer {
 };
 
 struct {
-  std::map<const char*, Buffer> buffers;
+  std::vector<Buffer> buffers;  // may overlap: views of one storage
   std::vector<Cell> shared;
   std::vector<uint32_t> clocks;                   // [threads][threads]: what each knows of each
   std::vector<uint32_t> snapshots[kMaxBarriers];  // joined clocks of those who only arrived
@@ -147,11 +146,14 @@ void check_byte(RunningThread& thread, Cell& cell, Access kind, const void* addr
   cell.write_address = address;
 }
 
+// The first buffer that holds all of it; consecutive accesses are mostly to the same one.
 Buffer* find_buffer(const char* data, size_t bytes) {
-  auto after = state.buffers.upper_bound(data);
-  if (after == state.buffers.begin()) return nullptr;
-  Buffer& buffer = std::prev(after)->second;
-  return data + bytes <= buffer.data + buffer.bytes ? &buffer : nullptr;
+  static Buffer* last = nullptr;
+  const auto holds = [&](const Buffer& b) { return data >= b.data && data + bytes <= b.data + b.bytes; };
+  const auto begin = state.buffers.data(), end = begin + state.buffers.size();
+  if (last >= begin && last < end && holds(*last)) return last;
+  last = std::find_if(begin, end, holds);
+  return last == end ? nullptr : last;
 }
 
 // Read-only segments of loaded modules: constant tables.
@@ -188,11 +190,14 @@ void check_alignment(const void* data, size_t bytes, Access kind, const std::str
 void register_buffer(const void* data, size_t bytes, const char* name, bool writable) {
   Buffer buffer{name, static_cast<const char*>(data), bytes, writable, {}, {}};
   if (writable) buffer.cells.resize(bytes);
-  state.buffers.insert_or_assign(buffer.data, std::move(buffer));
+  state.buffers.push_back(std::move(buffer));
 }
 void forget_buffers() { state.buffers.clear(); }
-BufferTraffic traffic_of(const void* data) {
-  return state.buffers.at(static_cast<const char*>(data)).traffic;
+const BufferTraffic* traffic_of(const char* name) {
+  for (const Buffer& buffer : state.buffers) {
+    if (buffer.name == name) return &buffer.traffic;
+  }
+  return nullptr;
 }
 
 namespace checker {

@@ -34,7 +34,7 @@ struct BufferTraffic {
 };
 void register_buffer(const void* data, size_t bytes, const char* name, bool writable);
 void forget_buffers();
-BufferTraffic traffic_of(const void* data);
+const BufferTraffic* traffic_of(const char* name);  // of the first buffer of that name, or null
 
 namespace checker {
 

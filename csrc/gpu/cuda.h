@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// gpu.cuh under nvcc.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define PALMETTE_SITE
+#define PALMETTE_COMMA_SITE
+#define PALMETTE_COMMA_PASS
+
+namespace palmette::gpu {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+template <class S>
+__device__ __forceinline__ S& shared() {
+  extern __shared__ __align__(1024) unsigned char palmette_shared[];
+  return *reinterpret_cast<S*>(palmette_shared);
+}
+
+template <class T>
+__device__ __forceinline__ T load(const T* address) {
+  return *address;
+}
+template <class T>
+__device__ __forceinline__ void store(T* address, T value) {
+  *address = value;
+}
+
+// ---- groups of 32 lanes
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int source) {
+  return __shfl_sync(0xFFFFFFFFu, value, source);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int distance) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_up(T value, int distance) {
+  return __shfl_up_sync(0xFFFFFFFFu, value, distance);
+}
+__device__ __forceinline__ bool any(bool predicate) { return __any_sync(0xFFFFFFFFu, predicate) != 0; }
+__device__ __forceinline__ bool all(bool predicate) { return __all_sync(0xFFFFFFFFu, predicate) != 0; }
+__device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xFFFFFFFFu, predicate); }
+
+// ---- launches
+inline void prepare(const LaunchContext&) {}
+
+// The most shared memory that a block of this device may have.
+inline size_t shared_limit() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  return static_cast<size_t>(bytes);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            const LaunchContext& context, Arguments&&... arguments) {
+  if (shared_bytes > (48 << 10)) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          name);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
+}
+
+}  // namespace palmette::gpu

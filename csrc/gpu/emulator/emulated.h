@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// gpu.cuh on the emulator.
+#pragma once
+
+#include <tuple>
+
+#include "gpu/emulator/atomics.h"
+#include "gpu/emulator/checker.h"
+#include "gpu/emulator/language.h"
+#include "gpu/emulator/options.h"
+#include "gpu/emulator/runtime.h"
+#include "gpu/emulator/warp.h"
+#include "gpu/library.h"
+
+// The line of a kernel that a helper was called from, handed on from helper to helper.
+#define PALMETTE_SITE EMULATOR_SITE
+#define PALMETTE_COMMA_SITE , EMULATOR_SITE
+#define PALMETTE_COMMA_PASS , site
+
+namespace palmette::gpu {
+
+template <class S>
+S& shared() {
+  return *static_cast<S*>(emulator::shared_memory(sizeof(S)));
+}
+
+template <class T>
+T load(const T* address) {
+  return *address;
+}
+template <class T>
+void store(T* address, T value) {
+  *address = value;
+}
+
+// ---- groups of 32 lanes
+inline emulator::LaneMask group_mask() {
+  return emulator::lane_index() < 32 ? 0xFFFFFFFFULL : 0xFFFFFFFFULL << 32;
+}
+template <class T>
+T shuffle(T value, int source, EMULATOR_SITE) {
+  return __shfl_sync(group_mask(), value, source, 32, site);
+}
+template <class T>
+T shuffle_xor(T value, int distance, EMULATOR_SITE) {
+  return __shfl_xor_sync(group_mask(), value, distance, 32, site);
+}
+template <class T>
+T shuffle_up(T value, int distance, EMULATOR_SITE) {
+  return __shfl_up_sync(group_mask(), value, distance, 32, site);
+}
+inline bool any(bool predicate, EMULATOR_SITE) { return __any_sync(group_mask(), predicate, site) != 0; }
+inline bool all(bool predicate, EMULATOR_SITE) { return __all_sync(group_mask(), predicate, site) != 0; }
+inline uint32_t ballot(bool predicate, EMULATOR_SITE) {
+  const uint64_t votes = __ballot_sync(group_mask(), predicate, site);
+  return static_cast<uint32_t>(emulator::lane_index() < 32 ? votes : votes >> 32);
+}
+
+// ---- launches
+inline void prepare(const LaunchContext& context) {
+  emulator::options().workers = context.workers;
+  if constexpr (emulator::kChecked) {
+    emulator::forget_buffers();
+    for (size_t i = 0; i < context.num_extents; ++i) {
+      const Extent& e = context.extents[i];
+      emulator::register_buffer(e.data, e.bytes, e.name, e.writable);
+    }
+  }
+}
+
+inline size_t shared_limit() { return emulator::options().shared_limit; }
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            const LaunchContext&, Arguments&&... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> arguments;
+  } call{kernel, {static_cast<Parameters>(arguments)...}};
+  emulator::run_grid(
+      grid, block, shared_bytes,
+      [](void* context) {
+        auto& call = *static_cast<Call*>(context);
+        std::apply(call.kernel, call.arguments);
+      },
+      &call, sizeof(call), name);
+}
+
+}  // namespace palmette::gpu
