@@ -13,6 +13,7 @@
 #include "attend/params.h"
 #include "core/backend.h"
 #include "core/checks.h"
+#include "core/gpu.h"
 #include "core/parallel.h"
 
 namespace palmette {
@@ -24,34 +25,54 @@ struct PlanTensors {
   const Tensor &slots, &query, &segment, &item, &task, &merge_ptr, &merge_row, &counts;
 };
 
-void check_table(const Tensor& t, const char* name, const char* shape, int64_t columns) {
-  check_cpu(t, name);
+void check_table(const Tensor& t, const char* name, const Tensor& q, const char* shape, int64_t columns) {
+  check_device(t, name, q, "q");
   check_dtype(t, name, {ScalarType::Int});
   check_dim(t, name, shape, columns > 0 ? 2 : 1);
   check_contiguous(t, name);
   if (columns > 0) require(t.size(1) == columns, name, shape, shape_text(t));
 }
 
-// Every index of the plan is checked against what it indexes, so that no kernel can leave its arrays. This
-// reads each key's slot once: 4 bytes per key, against kilobytes of K and V.
-PlanView view_plan(const PlanTensors& t, int64_t num_rows_q, int64_t num_slots, int64_t num_kv_heads) {
-  check_table(t.slots, "slots", "[tokens]", 0);
-  check_table(t.segment, "segment", "[capacity, 6]", 6);
-  check_table(t.item, "item", "[capacity, 4]", 4);
-  check_table(t.task, "task", "[capacity, 6]", 6);
-  check_table(t.merge_ptr, "merge_ptr", "[capacity]", 0);
-  check_table(t.merge_row, "merge_row", "[capacity]", 0);
-  check_table(t.counts, "counts", "[16]", 0);
-  check_cpu(t.query, "query");
+// The tables, on the device of q, with their capacities in place of counts.
+PlanView view_tables(const PlanTensors& t, const Tensor& q) {
+  check_table(t.slots, "slots", q, "[tokens]", 0);
+  check_table(t.segment, "segment", q, "[capacity, 6]", 6);
+  check_table(t.item, "item", q, "[capacity, 4]", 4);
+  check_table(t.task, "task", q, "[capacity, 6]", 6);
+  check_table(t.merge_ptr, "merge_ptr", q, "[capacity]", 0);
+  check_table(t.merge_row, "merge_row", q, "[capacity]", 0);
+  check_table(t.counts, "counts", q, "[16]", 0);
+  check_device(t.query, "query", q, "q");
   check_dtype(t.query, "query", {ScalarType::Int});
   check_dim(t.query, "query", "[4, capacity]", 2);
   require(t.query.size(0) == 4 && t.query.is_contiguous(), "query", "contiguous [4, capacity]",
           shape_text(t.query));
-  require(t.counts.numel() >= 16, "counts", "[16]", shape_text(t.counts));
+  require(t.counts.numel() >= kPlanCounts, "counts", "[16]", shape_text(t.counts));
 
-  const int32_t* counts = t.counts.const_data_ptr<int32_t>();
-  const int64_t queries = counts[0], segments = counts[1], items = counts[2], tasks = counts[3],
-                partials = counts[4];
+  PlanView p{};
+  p.counts = t.counts.const_data_ptr<int32_t>();
+  p.slots = t.slots.const_data_ptr<int32_t>();
+  p.query_index = t.query.const_data_ptr<int32_t>();
+  p.query_pos = p.query_index + t.query.size(1);
+  p.query_depth = p.query_pos + t.query.size(1);
+  p.segment = reinterpret_cast<const PlanSegment*>(t.segment.const_data_ptr<int32_t>());
+  p.item = reinterpret_cast<const PlanItem*>(t.item.const_data_ptr<int32_t>());
+  p.task = reinterpret_cast<const PlanTask*>(t.task.const_data_ptr<int32_t>());
+  p.merge_ptr = t.merge_ptr.const_data_ptr<int32_t>();
+  p.merge_row = t.merge_row.const_data_ptr<int32_t>();
+  p.num_queries = static_cast<int32_t>(q.size(0));
+  p.num_tasks = static_cast<int32_t>(t.task.size(0));
+  p.num_partials = static_cast<int32_t>(t.merge_row.numel());
+  return p;
+}
+
+// Every index of the plan is checked against what it indexes, so that no kernel can leave its arrays. This
+// reads each key's slot once: 4 bytes per key, against kilobytes of K and V. Plans on a GPU are not looked at: that
+// would wait for everything before.
+void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t num_slots,
+                int64_t num_kv_heads) {
+  const int64_t queries = p.counts[kNumQueries], segments = p.counts[kNumSegments],
+                items = p.counts[kNumItems], tasks = p.counts[kNumTasks], partials = p.counts[kNumPartials];
   require(queries == num_rows_q, "q", text("[", queries, ", Hq, D] (the plan's queries)"), num_rows_q,
           " rows");
   auto within = [](int64_t count, int64_t capacity, const char* name) {
@@ -65,16 +86,6 @@ PlanView view_plan(const PlanTensors& t, int64_t num_rows_q, int64_t num_slots, 
   within(tasks, t.task.size(0), "task");
   within(partials, t.merge_row.numel(), "merge_row");
 
-  PlanView p{};
-  p.slots = t.slots.const_data_ptr<int32_t>();
-  p.query_index = t.query.const_data_ptr<int32_t>();
-  p.query_pos = p.query_index + t.query.size(1);
-  p.query_depth = p.query_pos + t.query.size(1);
-  p.segment = reinterpret_cast<const PlanSegment*>(t.segment.const_data_ptr<int32_t>());
-  p.item = reinterpret_cast<const PlanItem*>(t.item.const_data_ptr<int32_t>());
-  p.task = reinterpret_cast<const PlanTask*>(t.task.const_data_ptr<int32_t>());
-  p.merge_ptr = t.merge_ptr.const_data_ptr<int32_t>();
-  p.merge_row = t.merge_row.const_data_ptr<int32_t>();
   p.num_queries = static_cast<int32_t>(queries);
   p.num_tasks = static_cast<int32_t>(tasks);
   p.num_partials = static_cast<int32_t>(partials);
@@ -121,7 +132,6 @@ PlanView view_plan(const PlanTensors& t, int64_t num_rows_q, int64_t num_slots, 
               p.merge_row[i]);
     }
   }
-  return p;
 }
 
 Strided strided(const Tensor& t, const char* name) {
@@ -132,12 +142,21 @@ Strided strided(const Tensor& t, const char* name) {
 
 ScalarType state_type(DType d) { return d == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
-// Checks that attend and attend_backward share; fills everything but out, lse, partials and units.
-AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, const PlanTensors& plan,
-                         const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window) {
-  check_cpu(q, "q");
-  check_cpu(k, "k");
-  check_cpu(v, "v");
+// What attend and attend_backward share.
+struct Inputs {
+  const Tensor &q, &k, &v;
+  PlanTensors plan;
+  const std::optional<Tensor>& sinks;
+};
+
+// Its checks; fills everything but out, lse, partials and units.
+AttendParams make_params(const Inputs& in, double scale, double softcap, int64_t window) {
+  const Tensor &q = in.q, &k = in.k, &v = in.v;
+  const PlanTensors& plan = in.plan;
+  const std::optional<Tensor>& sinks = in.sinks;
+  check_device(q, "q");
+  check_device(k, "k", q, "q");
+  check_device(v, "v", q, "q");
   check_dim(q, "q", "[Nq, Hq, D]", 3);
   check_dim(k, "k", "[slots, Hk, D]", 3);
   check_dim(v, "v", "[slots, Hk, Dv]", 3);
@@ -159,7 +178,12 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
   require(std::isfinite(scale), "scale", "finite", scale);
   require(softcap >= 0 && std::isfinite(softcap), "softcap", "finite and at least 0 (0: none)", softcap);
   require(window >= 0 && window <= INT32_MAX, "window", "at least 0 (0: none) and below 2^31", window);
-  p.plan = view_plan(plan, q.size(0), k.size(0), k.size(1));
+  p.plan = view_tables(plan, q);
+  if (q.is_cpu()) {
+    const PlanView capacity = p.plan;
+    check_plan(p.plan, plan, q.size(0), k.size(0), k.size(1));
+    if (emulator_in_use() != nullptr) p.plan = capacity;  // GPU kernels read the counts themselves
+  }
   p.q = strided(q, "q");
   p.k = strided(k, "k");
   p.v = strided(v, "v");
@@ -167,7 +191,7 @@ AttendParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, cons
   p.softcap = softcap;
   p.window = static_cast<int32_t>(window);
   if (sinks.has_value()) {
-    check_cpu(*sinks, "sinks");
+    check_device(*sinks, "sinks", q, "q");
     check_dtype(*sinks, "sinks", {state_type(p.dtype)});
     check_shape(*sinks, "sinks", "[Hq]", {p.num_q_heads});
     check_contiguous(*sinks, "sinks");
@@ -235,12 +259,26 @@ std::vector<AttendUnit> forward_units(const AttendParams& p) {
   return units;
 }
 
-void run_forward(AttendParams& p, const Tensor& q, const Tensor& out, const Tensor& lse) {
+// What kernels read of every attention.
+void name_inputs(GpuLaunch& gpu, const Inputs& in) {
+  gpu.reads(in.q, "q");
+  gpu.reads(in.k, "k");
+  gpu.reads(in.v, "v");
+  gpu.reads(in.plan.slots, "slots");
+  gpu.reads(in.plan.query, "query");
+  gpu.reads(in.plan.segment, "segment");
+  gpu.reads(in.plan.item, "item");
+  gpu.reads(in.plan.task, "task");
+  gpu.reads(in.plan.merge_ptr, "merge_ptr");
+  gpu.reads(in.plan.merge_row, "merge_row");
+  gpu.reads(in.plan.counts, "counts");
+  if (in.sinks.has_value()) gpu.reads(*in.sinks, "sinks");
+}
+
+void run_forward(AttendParams& p, const Inputs& in, const Tensor& out, const Tensor& lse) {
+  const Tensor& q = in.q;
   p.out = strided(out, "out");
   p.lse = lse.mutable_data_ptr();
-  const std::vector<AttendUnit> units = forward_units(p);
-  p.units = units.data();
-  p.num_units = static_cast<int32_t>(units.size());
   const ScalarType state = state_type(p.dtype);
   Tensor partial_out, partial_max, partial_sum;
   if (p.plan.num_partials > 0) {
@@ -251,6 +289,21 @@ void run_forward(AttendParams& p, const Tensor& q, const Tensor& out, const Tens
     p.partial_max = partial_max.mutable_data_ptr();
     p.partial_sum = partial_sum.mutable_data_ptr();
   }
+  if (GpuLaunch gpu(q); gpu) {
+    name_inputs(gpu, in);
+    gpu.writes(out, "out");
+    gpu.writes(lse, "lse");
+    if (p.plan.num_partials > 0) {
+      gpu.writes(partial_out, "partial_out");
+      gpu.writes(partial_max, "partial_max");
+      gpu.writes(partial_sum, "partial_sum");
+    }
+    gpu.run("attend", p);
+    return;
+  }
+  const std::vector<AttendUnit> units = forward_units(p);
+  p.units = units.data();
+  p.num_units = static_cast<int32_t>(units.size());
   const int64_t group = p.num_q_heads / p.num_kv_heads;
   dispatch_isa([&]<Isa isa>() {
     p.scratch_bytes = attend_scratch_bytes<isa>(p, 1, 1);
@@ -269,11 +322,11 @@ std::tuple<Tensor, Tensor> attend_op(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row,
                                      const Tensor& counts, const std::optional<Tensor>& sinks, double scale,
                                      double softcap, int64_t window) {
-  AttendParams p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts},
-                               sinks, scale, softcap, window);
+  const Inputs in{q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks};
+  AttendParams p = make_params(in, scale, softcap, window);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, state_type(p.dtype));
-  run_forward(p, q, out, lse);
+  run_forward(p, in, out, lse);
   return {out, lse};
 }
 
@@ -282,16 +335,16 @@ void attend_out_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                    const Tensor& merge_ptr, const Tensor& merge_row, const Tensor& counts,
                    const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window,
                    const Tensor& out, const Tensor& lse) {
-  AttendParams p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts},
-                               sinks, scale, softcap, window);
-  check_cpu(out, "out");
-  check_cpu(lse, "lse");
+  const Inputs in{q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks};
+  AttendParams p = make_params(in, scale, softcap, window);
+  check_device(out, "out", q, "q");
+  check_device(lse, "lse", q, "q");
   check_dtype(out, "out", {q.scalar_type()});
   check_shape(out, "out", "[Nq, Hq, Dv]", {q.size(0), q.size(1), v.size(2)});
   check_dtype(lse, "lse", {state_type(p.dtype)});
   check_shape(lse, "lse", "[Nq, Hq]", {q.size(0), q.size(1)});
   check_contiguous(lse, "lse");
-  run_forward(p, q, out, lse);
+  run_forward(p, in, out, lse);
 }
 
 // Units of the backward pass: each KV head, or each KV head and group of tasks where heads are few. Tasks
@@ -351,8 +404,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
     double softcap, int64_t window) {
   AttendBackwardParams b{};
   AttendParams& p = b.forward;
-  p = make_params(q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks, scale,
-                  softcap, window);
+  const Inputs in{q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks};
+  p = make_params(in, scale, softcap, window);
   const ScalarType state = state_type(p.dtype);
   check_dtype(dout_, "dout", {q.scalar_type()});
   check_shape(dout_, "dout", "[Nq, Hq, Dv]", {q.size(0), q.size(1), v.size(2)});

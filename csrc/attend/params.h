@@ -21,7 +21,24 @@ struct PlanTask {  // items [item_begin, item_end) update the states of queries 
   int32_t item_begin, item_end, query_begin, query_end, partial_begin, kv_head;
 };
 
+// counts [kPlanCounts]: how much of the tables is in use.
+enum PlanCount : int {
+  kNumQueries,
+  kNumSegments,
+  kNumItems,
+  kNumTasks,
+  kNumPartials,
+  kMaxTaskQueries,
+  kTreeVersion,  // of the tree when it was planned, wraps
+  kMaxItemKeys,
+  kNumSlots,  // one past the largest slot that the tree holds: the least that k and v must have
+  kPlanCounts = 16
+};
+
+// num_queries, num_tasks and num_partials: what is in use; for a GPU, which reads `counts` itself, the
+// capacity.
 struct PlanView {
+  const int32_t* counts;       // [kPlanCounts]
   const int32_t* slots;        // [*]
   const int32_t* query_index;  // [num_queries]: row of q, in order of position
   const int32_t* query_pos;    // [num_queries]

@@ -52,6 +52,8 @@ __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_syn
 // ---- launches
 inline void prepare(const LaunchContext&) {}
 
+inline bool has_tensor_cores() { return true; }
+
 // The most shared memory that a block of this device may have.
 inline size_t shared_limit() {
   int device = 0, bytes = 0;

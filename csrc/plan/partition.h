@@ -16,20 +16,6 @@
 
 namespace palmette {
 
-// counts [kPlanCounts] of a plan.
-enum PlanCount : int {
-  kNumQueries,
-  kNumSegments,
-  kNumItems,
-  kNumTasks,
-  kNumPartials,
-  kMaxTaskQueries,
-  kTreeVersion,  // of the tree when it was planned, wraps
-  kMaxItemKeys,
-  kNumSlots,  // one past the largest slot that the tree holds: the least that k and v must have
-  kPlanCounts = 16
-};
-
 // An item before it is given to a task. query_begin does not decrease from one item to the next.
 struct DraftItem {
   int32_t segment_begin, segment_end, query_begin, query_end, keys;

@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: Apache-2.0
+// attend on the GPU: softmax attention of query rows to the keys that a plan lets them see.
+//
+//   S = Q K^T,   m' = max(m, max_k S),   P = 2^(S - m'),   c = 2^(m - m')
+//   l' = c l + sum_k P,   O' = c O + P V        out = O / l,   lse = (m + log2 l) ln 2
+//
+// Data flow. A block of four warps owns the rows of one task and one KV head, 64 at a time: all query heads of
+// the group are rows of one matrix, so K and V are read once for all of them.
+//
+//   plan --KeyCursor--> keys of a tile (slot, lo, hi, depth) in shared memory, one tile ahead of the copies
+//   K, V --cp.async--> shared memory, a stage ahead of the products (one stage where two do not fit)
+//   Q K^T --multiply_rows--> S in registers -> m, l, P --accumulate_rows--> O in registers
+//   O, m, l of the warps --shared memory--> merged, and written: out, lse, or a partial state
+//
+// With more than 32 rows every warp takes 16 of them and all keys of a tile; with fewer, two or four warps
+// share the rows and divide the keys (kRowWarps), and their states are merged at the end.
+//
+// A weight of exactly 0 contributes nothing, even times inf or NaN. The products cannot say that, so a row whose
+// result is not finite is computed once more, key by key (careful_row). Finite results pay for a comparison.
+#include <algorithm>
+
+#include "attend/tiles_gpu.cuh"
+
+namespace palmette::gpu {
+
+namespace {
+
+constexpr int kMaxRows = 16 * kWarps;
+constexpr int kMaxStages = 2;
+constexpr float kLargest = 3.4028235e38f;  // what is larger, or not comparable, is inf or NaN
+
+template <int kKeys>
+struct Shared {
+  Key key[kMaxStages + 1][kKeys];
+  TileSpan span[kMaxStages + 1];
+  float max[kWarps][16], sum[kWarps][16];
+  alignas(1024) unsigned char tiles[16];  // Q, then stages of K and V; at the end O
+};
+
+template <class E>
+struct Problem {
+  AttendParams p;
+  Source<E> q, k, v;
+  Logits logits;
+  Swizzle k_swizzle, v_swizzle;
+  int stages;
+  int v_offset, stage_offset;  // in bytes: from K to V, from stage to stage
+  int o_stride;                // floats between rows of O in shared memory
+};
+
+template <class E>
+struct Tiles {
+  unsigned char* base;
+  const Problem<E>& a;
+
+  __device__ __forceinline__ Matrix<E> queries() const { return {reinterpret_cast<E*>(base), a.k_swizzle}; }
+  __device__ __forceinline__ unsigned char* stage(int i) const {
+    return base + kMaxRows * a.k_swizzle.chunks * kChunkBytes + i * a.stage_offset;
+  }
+  __device__ __forceinline__ Matrix<E> keys(int i) const {
+    return {reinterpret_cast<E*>(stage(i)), a.k_swizzle};
+  }
+  __device__ __forceinline__ Matrix<E> values(int i) const {
+    return {reinterpret_cast<E*>(stage(i) + a.v_offset), a.v_swizzle};
+  }
+};
+
+// out and lse of a row from its state; a sink is one more logit with no value.
+struct Finished {
+  float factor, lse;  // out = factor * o
+};
+__device__ __forceinline__ Finished finish(const AttendParams& p, int head, float m, float l) {
+  float weight = 1;
+  if (p.sinks != nullptr) {
+    const float sink = static_cast<const float*>(p.sinks)[head] * kLog2e;
+    const float top = fmaxf(m, sink);
+    weight = ptx::ex2(m - top);
+    l = (l == 0 ? 0.0f : l * weight) + ptx::ex2(sink - top);
+    m = top;
+  }
+  return {l == 0 ? 0.0f : weight / l, l == 0 ? -INFINITY : (m + log2f(l)) * kLn2};
+}
+
+// sum_k P V of one query of a task, one head and one column, leaving out weights of exactly 0. Rare, so small
+// code is all that counts.
+template <class E>
+__device__ __forceinline__ float careful_value(const Problem<E>& a, const PlanTask& task, int32_t query, int head,
+                                            float top, int column) {
+  const AttendParams& p = a.p;
+  const QueryRow seen = query_row(p.plan, query);
+  const int kv_head = head / (p.num_q_heads / p.num_kv_heads);
+  const E* q = a.q.row(p.plan.query_index[query], head);
+  float total = 0;
+  for (int32_t i = task.item_begin; i < task.item_end; ++i) {
+    const PlanItem item = p.plan.item[i];
+    if (query < item.query_begin || query >= item.query_end) continue;
+    for (int32_t at = item.segment_begin; at < item.segment_end; ++at) {
+      const PlanSegment s = p.plan.segment[at];
+#pragma unroll 1
+      for (int32_t n = 0; n < s.length; ++n) {
+        const Key key = key_at(p.plan, s, n);
+        if (!seen.sees(key, a.logits.window)) continue;
+        const E* k = a.k.row(key.slot, kv_head);
+        float dot = 0;
+#pragma unroll 1
+        for (int x = 0; x < p.head_dim; ++x) dot = fmaf(widen(q[x]), widen(k[x]), dot);
+        const float weight = ptx::ex2(a.logits(dot) - top);
+        if (weight != 0) total = fmaf(weight, widen(a.v.row(key.slot, kv_head)[column]), total);
+      }
+    }
+  }
+  return total;
+}
+
+// The rows of a task from `first` on, at most 16 * kRowWarps of them.
+template <class Math, int kColumns, int kRowWarps>
+struct Rows {
+  using E = typename Math::Element;
+  static constexpr int kKeys = kTileKeys<E>;
+  static constexpr int kKeyWarps = kWarps / kRowWarps, kWarpKeys = kKeys / kKeyWarps;
+  // Keys at a time: what the columns of O leave room for in registers.
+  static constexpr int kStep = kColumns > 128 && kWarpKeys > 32 ? 32 : kWarpKeys;
+  static constexpr int kN = kStep / 8, kTiles = kColumns / 8;
+
+  const Problem<E>& a;
+  const AttendParams& p;
+  const int32_t task_index;
+  const PlanTask task;
+  const int kv_head, first, count;
+  const RowOf at;
+  Shared<kKeys>& shared;
+  const Tiles<E> tiles;
+  QueryRow row[2];  // of this thread
+  float o[kTiles][4], m[2], l[2];
+
+  __device__ __forceinline__ Rows(const Problem<E>& problem, int32_t index, const PlanTask& t, int head,
+                                  int first_row, int rows)
+      : a(problem),
+        p(problem.p),
+        task_index(index),
+        task(t),
+        kv_head(head),
+        first(first_row),
+        count(rows),
+        at{t.query_begin, problem.p.num_q_heads / problem.p.num_kv_heads},
+        shared(gpu::shared<Shared<kKeys>>()),
+        tiles{shared.tiles, problem} {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int r = row_warp() * 16 + fragment_row() + 8 * i;
+      row[i] = r < count ? query_row(p.plan, at.query(first + r)) : QueryRow{-1, INT32_MIN, 0};
+    }
+  }
+
+  __device__ __forceinline__ static int row_warp() { return warp() % kRowWarps; }
+  __device__ __forceinline__ static int key_warp() { return warp() / kRowWarps; }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
+    m[0] = m[1] = kEmptyMax;
+    l[0] = l[1] = 0;
+    KeyCursor<kKeys> cursor(p.plan, task.item_begin, task.item_end, at.query(first),
+                            at.query(first + count - 1) + 1, a.logits.window);
+    copy_query_rows(tiles.queries(), 16 * kRowWarps, a.q, p.plan, at, first, count, kv_head);
+    ptx::commit_copies();
+    // Tile n of the list uses ring slot n % (stages + 1) for its keys and stage n % stages for K and V.
+    const int slots = a.stages + 1;
+    int known = 0;  // tiles whose keys are in shared memory
+    for (int32_t place; known < a.stages && look_ahead(cursor, known, place); ++known)
+      put_place(known, place);
+    __syncthreads();
+    for (int i = 0; i + 1 < a.stages; ++i) fetch(i, i, i < known);
+    for (int tile = 0, slot = 0, stage = 0; tile < known; ++tile) {
+      if (tile > 0) __syncthreads();  // everyone has left the tile before; the keys of the next ones are there
+      const int ahead = tile + a.stages - 1;
+      fetch(ahead % slots, ahead % a.stages, ahead < known);
+      // The next keys are on their way while this tile is at work.
+      int32_t place = 0;
+      const bool more = known == tile + a.stages && look_ahead(cursor, known % slots, place);
+      if (a.stages == 2) {
+        ptx::wait_for_copies<1>();
+      } else {
+        ptx::wait_for_copies<0>();
+      }
+      __syncthreads();
+      meet(slot, stage);
+      if (more) put_place(known++ % slots, place);
+      slot = slot + 1 == slots ? 0 : slot + 1;
+      stage = stage + 1 == a.stages ? 0 : stage + 1;
+    }
+    ptx::wait_for_copies<0>();
+    write();
+  }
+
+  // The next tile's keys, all but where they lie; that is returned, and is on its way from global memory.
+  __device__ __forceinline__ bool look_ahead(KeyCursor<kKeys>& cursor, int slot, int32_t& place) {
+    TileSpan span;
+    Key key;
+    if (!cursor.next(span, key)) return false;
+    place = key.slot;
+    key.slot = 0;
+    if (threadIdx.x < kKeys) shared.key[slot][threadIdx.x] = key;
+    if (threadIdx.x == 0) shared.span[slot] = span;
+    return true;
+  }
+
+  __device__ __forceinline__ void put_place(int slot, int32_t place) {
+    if (threadIdx.x < kKeys) shared.key[slot][threadIdx.x].slot = place;
+  }
+
+  // K and V of a tile whose keys are known; an empty group of copies where there is none.
+  __device__ __forceinline__ void fetch(int slot, int stage, bool exists) {
+    if (exists) {
+      const int keys = shared.span[slot].count;
+      copy_key_rows(tiles.keys(stage), kKeys, a.k, shared.key[slot], keys, kv_head);
+      copy_key_rows(tiles.values(stage), kKeys, a.v, shared.key[slot], keys, kv_head);
+    }
+    ptx::commit_copies();
+  }
+
+  // This warp's rows meet its keys of a tile.
+  __device__ __forceinline__ void meet(int slot, int stage) {
+    const TileSpan& span = shared.span[slot];
+    const int window = a.logits.window;
+    if (!any(row[0].sees_some(span, window) || row[1].sees_some(span, window))) return;
+    const bool everything = all(row[0].sees_all(span, window, kKeys) && row[1].sees_all(span, window, kKeys));
+
+#pragma unroll 1
+    for (int step = 0; step < kWarpKeys; step += kStep)
+      meet_keys(slot, stage, span, key_warp() * kWarpKeys + step, everything);
+  }
+
+  __device__ __forceinline__ void meet_keys(int slot, int stage, const TileSpan& span, int first_key,
+                                            bool everything) {
+    const int window = a.logits.window;
+    float s[kN][4];
+    Math::multiply_rows(s, tiles.queries(), row_warp() * 16, tiles.keys(stage), first_key);
+    bool named[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) named[i] = row[i].meets(span);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        s[n][e] = a.logits(s[n][e]);
+        s[n][2 + e] = a.logits(s[n][2 + e]);
+        if (everything) continue;
+        const Key key = load(&shared.key[slot][first_key + 8 * n + fragment_column() + e]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (!named[i] || !row[i].sees(key, window)) s[n][2 * i + e] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float top = m[i];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+      top = fmaxf(top, shuffle_xor(top, 1));
+      top = fmaxf(top, shuffle_xor(top, 2));
+      const float c = ptx::ex2(m[i] - top);
+      m[i] = top;
+      float sum = 0;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& weight = s[n][2 * i + e];
+          weight = ptx::ex2(weight - top);
+          sum += weight;
+        }
+      }
+      l[i] = l[i] * c + sum;  // of this thread's columns
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        o[n][2 * i] *= c;
+        o[n][2 * i + 1] *= c;
+      }
+    }
+    Math::accumulate_rows(o, s, tiles.values(stage), first_key, a.v.width);
+  }
+
+  // The warps' states meet in shared memory, in the place of the tiles.
+  __device__ __forceinline__ void write() {
+    float* states = reinterpret_cast<float*>(tiles.base);
+    const int g = fragment_row(), t = fragment_column();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      l[i] += shuffle_xor(l[i], 1);
+      l[i] += shuffle_xor(l[i], 2);
+      if (t == 0) {
+        shared.max[warp()][g + 8 * i] = m[i];
+        shared.sum[warp()][g + 8 * i] = l[i];
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        if (8 * n >= a.v.width) break;
+        store(reinterpret_cast<float2*>(states + (warp() * 16 + g + 8 * i) * a.o_stride + 8 * n + t),
+              make_float2(o[n][2 * i], o[n][2 * i + 1]));
+      }
+    }
+    __syncthreads();
+    for (int r = warp(); r < count; r += kWarps) write_row(states, r);
+    __syncthreads();  // the next rows use the same memory
+  }
+
+  __device__ __forceinline__ void write_row(const float* states, int r) {
+    float top = kEmptyMax, sum = 0, weight[kKeyWarps];
+#pragma unroll
+    for (int i = 0; i < kKeyWarps; ++i) top = fmaxf(top, shared.max[r / 16 + kRowWarps * i][r % 16]);
+#pragma unroll
+    for (int i = 0; i < kKeyWarps; ++i) {
+      const int w = r / 16 + kRowWarps * i;
+      weight[i] = ptx::ex2(shared.max[w][r % 16] - top);
+      sum += shared.sum[w][r % 16] * weight[i];
+    }
+    const int head = kv_head * at.group + (first + r) % at.group;
+    const int32_t query = at.query(first + r);
+    const int64_t index = p.plan.query_index[query];
+    const bool direct = task.partial_begin < 0;
+    const int64_t partial =
+        (int64_t{task.partial_begin} + query - task.query_begin) * p.num_q_heads + head;
+    E* out = static_cast<E*>(p.out.data) + index * p.out.token + head * p.out.head;
+    float* partial_out = static_cast<float*>(p.partial_out) + partial * p.v_head_dim;
+    const Finished done = finish(p, head, top, sum);
+    if (lane() == 0) {
+      if (direct) {
+        static_cast<float*>(p.lse)[index * p.num_q_heads + head] = done.lse;
+      } else {
+        static_cast<float*>(p.partial_max)[partial] = top;
+        static_cast<float*>(p.partial_sum)[partial] = sum;
+      }
+    }
+    bool bad = false;
+    for (int x = lane(); x < p.v_head_dim; x += kLanes) {
+      float value = 0;
+#pragma unroll
+      for (int i = 0; i < kKeyWarps; ++i)
+        value += states[((r / 16 + kRowWarps * i) * 16 + r % 16) * a.o_stride + x] * weight[i];
+      bad |= !(fabsf(value) <= kLargest);
+      if (direct) {
+        out[x] = narrow<E>(value * done.factor);
+      } else {
+        partial_out[x] = value;
+      }
+    }
+    if (!any(bad)) return;
+    for (int x = lane(); x < p.v_head_dim; x += kLanes) {
+      const float value = careful_value(a, p.plan.task[task_index], query, head, top, x);
+      if (direct) {
+        out[x] = narrow<E>(value * done.factor);
+      } else {
+        partial_out[x] = value;
+      }
+    }
+  }
+};
+
+template <class Math, int kColumns>
+__global__ void __launch_bounds__(kThreads, kColumns == 64 ? 3 : 2)
+    attend_kernel(const __grid_constant__ Problem<typename Math::Element> a) {
+  const AttendParams& p = a.p;
+  const auto index = static_cast<int32_t>(blockIdx.x / p.num_kv_heads);
+  const auto kv_head = static_cast<int>(blockIdx.x % p.num_kv_heads);
+  if (index >= p.plan.counts[kNumTasks]) return;
+  const PlanTask task = p.plan.task[index];
+  if (task.kv_head >= 0 && task.kv_head != kv_head) return;
+  const int rows = (task.query_end - task.query_begin) * (p.num_q_heads / p.num_kv_heads);
+  auto run = [&]<int kRowWarps>(int first) {
+    Rows<Math, kColumns, kRowWarps> part(a, index, task, kv_head, first, min(16 * kRowWarps, rows - first));
+    part.run();
+  };
+  for (int first = 0; first < rows; first += kMaxRows) {
+    if (rows - first > 32) {
+      run.template operator()<4>(first);
+    } else if (rows - first > 16) {
+      run.template operator()<2>(first);
+    } else {
+      run.template operator()<1>(first);
+    }
+  }
+}
+
+// Second pass: a group of lanes merges the partial states of one head of a query in the order of the plan.
+template <class E>
+__global__ void __launch_bounds__(kThreads) attend_merge_kernel(const __grid_constant__ AttendParams p) {
+  const int64_t index = int64_t{blockIdx.x} * kWarps + warp();
+  const int64_t query = index / p.num_q_heads, head = index % p.num_q_heads;
+  if (query >= p.plan.counts[kNumQueries] || p.plan.counts[kNumPartials] == 0) return;
+  const int32_t begin = p.plan.merge_ptr[query], end = p.plan.merge_ptr[query + 1];
+  if (begin == end) return;
+  const auto* part_max = static_cast<const float*>(p.partial_max);
+  const auto* part_sum = static_cast<const float*>(p.partial_sum);
+  const auto* part_out = static_cast<const float*>(p.partial_out);
+  auto state = [&](int i) { return p.plan.merge_row[i] * int64_t{p.num_q_heads} + head; };
+  float top = kEmptyMax, sum = 0;
+  for (int i = begin; i < end; ++i) top = fmaxf(top, part_max[state(i)]);
+  for (int i = begin; i < end; ++i) sum += part_sum[state(i)] * ptx::ex2(part_max[state(i)] - top);
+  const Finished done = finish(p, static_cast<int>(head), top, sum);
+  const int64_t row = p.plan.query_index[query];
+  E* out = static_cast<E*>(p.out.data) + row * p.out.token + head * p.out.head;
+  if (lane() == 0) static_cast<float*>(p.lse)[row * p.num_q_heads + head] = done.lse;
+  for (int x = lane(); x < p.v_head_dim; x += kLanes) {
+    float value = 0;
+    for (int i = begin; i < end; ++i) {
+      if (part_sum[state(i)] == 0) continue;
+      value = fmaf(part_out[state(i) * p.v_head_dim + x], ptx::ex2(part_max[state(i)] - top), value);
+    }
+    out[x] = narrow<E>(value * done.factor);
+  }
+}
+
+template <class E>
+Problem<E> problem_of(const AttendParams& p) {
+  Problem<E> a{};
+  a.p = p;
+  a.q = source_of<E>(p.q, p.head_dim);
+  a.k = source_of<E>(p.k, p.head_dim);
+  a.v = source_of<E>(p.v, p.v_head_dim);
+  a.logits = Logits::of(p);
+  a.k_swizzle = swizzle_of<E>(p.head_dim);
+  a.v_swizzle = swizzle_of<E>(p.v_head_dim);
+  a.v_offset = kTileKeys<E> * a.k_swizzle.chunks * kChunkBytes;
+  a.stage_offset = a.v_offset + kTileKeys<E> * a.v_swizzle.chunks * kChunkBytes;
+  a.o_stride = padded(p.v_head_dim) + 8;
+  return a;
+}
+
+// Two stages where they fit; returns the bytes of shared memory.
+template <class E>
+size_t choose_stages(Problem<E>& a) {
+  size_t bytes = 0;
+  for (a.stages = kMaxStages; a.stages > 0; --a.stages) {
+    const size_t queries = kMaxRows * static_cast<size_t>(a.k_swizzle.chunks) * kChunkBytes;
+    const size_t tiles = queries + static_cast<size_t>(a.stages * a.stage_offset);
+    const size_t states = kMaxRows * sizeof(float) * static_cast<size_t>(a.o_stride);
+    bytes = sizeof(Shared<kTileKeys<E>>) + std::max(tiles, states);
+    if (bytes <= shared_limit()) return bytes;
+  }
+  require_shared(bytes, a.p);
+  return bytes;
+}
+
+template <class Math>
+void launch_attend(const AttendParams& p, const LaunchContext& context) {
+  using E = typename Math::Element;
+  Problem<E> a = problem_of<E>(p);
+  const size_t bytes = choose_stages(a);
+  const auto kernel = p.v_head_dim <= 64    ? &attend_kernel<Math, 64>
+                      : p.v_head_dim <= 128 ? &attend_kernel<Math, 128>
+                                            : &attend_kernel<Math, 256>;
+  const auto blocks = static_cast<unsigned>(int64_t{p.plan.num_tasks} * p.num_kv_heads);
+  if (blocks > 0) launch("attend", kernel, dim3(blocks), dim3(kThreads), bytes, context, a);
+  const int64_t groups = int64_t{p.plan.num_queries} * p.num_q_heads;
+  if (p.plan.num_partials > 0 && groups > 0) {
+    launch("attend_merge", &attend_merge_kernel<E>, dim3(static_cast<unsigned>((groups + kWarps - 1) / kWarps)),
+           dim3(kThreads), 0, context, p);
+  }
+}
+
+void attend(const AttendParams& p, const LaunchContext& context) {
+  require_head_dims(p);
+  with_math(p.dtype, [&]<class Math>(Math) { launch_attend<Math>(p, context); });
+}
+
+const Registration<&attend> registration("attend");
+
+}  // namespace
+
+}  // namespace palmette::gpu
