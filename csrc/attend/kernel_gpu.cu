@@ -26,13 +26,10 @@ namespace palmette::gpu {
 namespace {
 
 constexpr int kMaxRows = 16 * kWarps;
-constexpr int kMaxStages = 2;
-constexpr float kLargest = 3.4028235e38f;  // what is larger, or not comparable, is inf or NaN
 
-template <int kKeys>
+template <class E>
 struct Shared {
-  Key key[kMaxStages + 1][kKeys];
-  TileSpan span[kMaxStages + 1];
+  KeyRing<E> ring;
   float max[kWarps][16], sum[kWarps][16];
   alignas(1024) unsigned char tiles[16];  // Q, then stages of K and V; at the end O
 };
@@ -42,26 +39,14 @@ struct Problem {
   AttendParams p;
   Source<E> q, k, v;
   Logits logits;
-  Swizzle k_swizzle, v_swizzle;
-  int stages;
-  int v_offset, stage_offset;  // in bytes: from K to V, from stage to stage
-  int o_stride;                // floats between rows of O in shared memory
-};
+  Stages stages;
+  int o_stride;  // floats between rows of O in shared memory
 
-template <class E>
-struct Tiles {
-  unsigned char* base;
-  const Problem<E>& a;
-
-  __device__ __forceinline__ Matrix<E> queries() const { return {reinterpret_cast<E*>(base), a.k_swizzle}; }
-  __device__ __forceinline__ unsigned char* stage(int i) const {
-    return base + kMaxRows * a.k_swizzle.chunks * kChunkBytes + i * a.stage_offset;
+  __device__ __forceinline__ Matrix<E> queries(unsigned char* tiles) const {
+    return {reinterpret_cast<E*>(tiles), stages.k};
   }
-  __device__ __forceinline__ Matrix<E> keys(int i) const {
-    return {reinterpret_cast<E*>(stage(i)), a.k_swizzle};
-  }
-  __device__ __forceinline__ Matrix<E> values(int i) const {
-    return {reinterpret_cast<E*>(stage(i) + a.v_offset), a.v_swizzle};
+  __device__ __forceinline__ unsigned char* after_queries(unsigned char* tiles) const {
+    return tiles + kMaxRows * stages.k.chunks * kChunkBytes;
   }
 };
 
@@ -84,31 +69,17 @@ __device__ __forceinline__ Finished finish(const AttendParams& p, int head, floa
 // sum_k P V of one query of a task, one head and one column, leaving out weights of exactly 0. Rare, so small
 // code is all that counts.
 template <class E>
-__device__ __forceinline__ float careful_value(const Problem<E>& a, const PlanTask& task, int32_t query, int head,
-                                            float top, int column) {
-  const AttendParams& p = a.p;
-  const QueryRow seen = query_row(p.plan, query);
-  const int kv_head = head / (p.num_q_heads / p.num_kv_heads);
-  const E* q = a.q.row(p.plan.query_index[query], head);
+__device__ __forceinline__ float careful_value(const Problem<E>& a, const PlanTask& task, const QueryRow& row,
+                                               int head, float top, int column) {
+  const int kv_head = head / (a.p.num_q_heads / a.p.num_kv_heads);
+  const E* q = a.q.row(a.p.plan.query_index[row.query], head);
   float total = 0;
-  for (int32_t i = task.item_begin; i < task.item_end; ++i) {
-    const PlanItem item = p.plan.item[i];
-    if (query < item.query_begin || query >= item.query_end) continue;
-    for (int32_t at = item.segment_begin; at < item.segment_end; ++at) {
-      const PlanSegment s = p.plan.segment[at];
-#pragma unroll 1
-      for (int32_t n = 0; n < s.length; ++n) {
-        const Key key = key_at(p.plan, s, n);
-        if (!seen.sees(key, a.logits.window)) continue;
-        const E* k = a.k.row(key.slot, kv_head);
-        float dot = 0;
-#pragma unroll 1
-        for (int x = 0; x < p.head_dim; ++x) dot = fmaf(widen(q[x]), widen(k[x]), dot);
-        const float weight = ptx::ex2(a.logits(dot) - top);
+  for_each_visible_key(
+      a.p.plan, task.item_begin, task.item_end, row, a.logits.window, [&](const Key& key) {
+        const float product = dot(q, a.k.row(key.slot, kv_head), a.p.head_dim);
+        const float weight = ptx::ex2(a.logits(product) - top);
         if (weight != 0) total = fmaf(weight, widen(a.v.row(key.slot, kv_head)[column]), total);
-      }
-    }
-  }
+      });
   return total;
 }
 
@@ -119,32 +90,28 @@ struct Rows {
   static constexpr int kKeys = kTileKeys<E>;
   static constexpr int kKeyWarps = kWarps / kRowWarps, kWarpKeys = kKeys / kKeyWarps;
   // Keys at a time: what the columns of O leave room for in registers.
-  static constexpr int kStep = kColumns > 128 && kWarpKeys > 32 ? 32 : kWarpKeys;
+  static constexpr int kStep = kColumns > 128 && kWarpKeys > 16 ? 16 : kWarpKeys;
   static constexpr int kN = kStep / 8, kTiles = kColumns / 8;
 
   const Problem<E>& a;
   const AttendParams& p;
-  const int32_t task_index;
-  const PlanTask task;
+  const PlanTask& task;
   const int kv_head, first, count;
   const RowOf at;
-  Shared<kKeys>& shared;
-  const Tiles<E> tiles;
+  Shared<E>& shared;
   QueryRow row[2];  // of this thread
   float o[kTiles][4], m[2], l[2];
 
-  __device__ __forceinline__ Rows(const Problem<E>& problem, int32_t index, const PlanTask& t, int head,
-                                  int first_row, int rows)
+  __device__ __forceinline__ Rows(const Problem<E>& problem, const PlanTask& t, int head, int first_row,
+                                  int rows)
       : a(problem),
         p(problem.p),
-        task_index(index),
         task(t),
         kv_head(head),
         first(first_row),
         count(rows),
         at{t.query_begin, problem.p.num_q_heads / problem.p.num_kv_heads},
-        shared(gpu::shared<Shared<kKeys>>()),
-        tiles{shared.tiles, problem} {
+        shared(gpu::shared<Shared<E>>()) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int r = row_warp() * 16 + fragment_row() + 8 * i;
@@ -160,82 +127,36 @@ struct Rows {
     for (int i = 0; i < kTiles; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
     m[0] = m[1] = kEmptyMax;
     l[0] = l[1] = 0;
-    KeyCursor<kKeys> cursor(p.plan, task.item_begin, task.item_end, at.query(first),
-                            at.query(first + count - 1) + 1, a.logits.window);
-    copy_query_rows(tiles.queries(), 16 * kRowWarps, a.q, p.plan, at, first, count, kv_head);
+    const Matrix<E> queries = a.queries(shared.tiles);
+    copy_query_rows(queries, 16 * kRowWarps, a.q, p.plan, at, first, count, kv_head);
     ptx::commit_copies();
-    // Tile n of the list uses ring slot n % (stages + 1) for its keys and stage n % stages for K and V.
-    const int slots = a.stages + 1;
-    int known = 0;  // tiles whose keys are in shared memory
-    for (int32_t place; known < a.stages && look_ahead(cursor, known, place); ++known)
-      put_place(known, place);
-    __syncthreads();
-    for (int i = 0; i + 1 < a.stages; ++i) fetch(i, i, i < known);
-    for (int tile = 0, slot = 0, stage = 0; tile < known; ++tile) {
-      if (tile > 0) __syncthreads();  // everyone has left the tile before; the keys of the next ones are there
-      const int ahead = tile + a.stages - 1;
-      fetch(ahead % slots, ahead % a.stages, ahead < known);
-      // The next keys are on their way while this tile is at work.
-      int32_t place = 0;
-      const bool more = known == tile + a.stages && look_ahead(cursor, known % slots, place);
-      if (a.stages == 2) {
-        ptx::wait_for_copies<1>();
-      } else {
-        ptx::wait_for_copies<0>();
-      }
-      __syncthreads();
-      meet(slot, stage);
-      if (more) put_place(known++ % slots, place);
-      slot = slot + 1 == slots ? 0 : slot + 1;
-      stage = stage + 1 == a.stages ? 0 : stage + 1;
-    }
-    ptx::wait_for_copies<0>();
+    const KeyCursor<kKeys> cursor(p.plan, task.item_begin, task.item_end, at.query(first),
+                                  at.query(first + count - 1) + 1, a.logits.window);
+    for_each_tile(shared.ring, a.after_queries(shared.tiles), a.stages, cursor, a.k, a.v, kv_head,
+                  [&](const TileSpan& span, const Key* keys, const Matrix<E>& k, const Matrix<E>& v) {
+                    meet(queries, span, keys, k, v);
+                  });
     write();
   }
 
-  // The next tile's keys, all but where they lie; that is returned, and is on its way from global memory.
-  __device__ __forceinline__ bool look_ahead(KeyCursor<kKeys>& cursor, int slot, int32_t& place) {
-    TileSpan span;
-    Key key;
-    if (!cursor.next(span, key)) return false;
-    place = key.slot;
-    key.slot = 0;
-    if (threadIdx.x < kKeys) shared.key[slot][threadIdx.x] = key;
-    if (threadIdx.x == 0) shared.span[slot] = span;
-    return true;
-  }
-
-  __device__ __forceinline__ void put_place(int slot, int32_t place) {
-    if (threadIdx.x < kKeys) shared.key[slot][threadIdx.x].slot = place;
-  }
-
-  // K and V of a tile whose keys are known; an empty group of copies where there is none.
-  __device__ __forceinline__ void fetch(int slot, int stage, bool exists) {
-    if (exists) {
-      const int keys = shared.span[slot].count;
-      copy_key_rows(tiles.keys(stage), kKeys, a.k, shared.key[slot], keys, kv_head);
-      copy_key_rows(tiles.values(stage), kKeys, a.v, shared.key[slot], keys, kv_head);
-    }
-    ptx::commit_copies();
-  }
-
   // This warp's rows meet its keys of a tile.
-  __device__ __forceinline__ void meet(int slot, int stage) {
-    const TileSpan& span = shared.span[slot];
+  __device__ __forceinline__ void meet(const Matrix<E>& queries, const TileSpan& span, const Key* keys,
+                                       const Matrix<E>& k, const Matrix<E>& v) {
     const int window = a.logits.window;
     if (!any(row[0].sees_some(span, window) || row[1].sees_some(span, window))) return;
     const bool everything = all(row[0].sees_all(span, window, kKeys) && row[1].sees_all(span, window, kKeys));
 
 #pragma unroll 1
     for (int step = 0; step < kWarpKeys; step += kStep)
-      meet_keys(slot, stage, span, key_warp() * kWarpKeys + step, everything);
+      meet_keys(queries, span, keys, k, v, key_warp() * kWarpKeys + step, everything);
   }
 
-  __device__ __forceinline__ void meet_keys(int slot, int stage, const TileSpan& span, int first_key,
+  __device__ __forceinline__ void meet_keys(const Matrix<E>& queries, const TileSpan& span, const Key* keys,
+                                            const Matrix<E>& k, const Matrix<E>& v, int first_key,
                                             bool everything) {
     const int window = a.logits.window;
     float s[kN][4];
-    Math::multiply_rows(s, tiles.queries(), row_warp() * 16, tiles.keys(stage), first_key);
+    Math::multiply_rows(s, queries, row_warp() * 16, k, first_key);
     bool named[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) named[i] = row[i].meets(span);
@@ -246,7 +167,7 @@ struct Rows {
         s[n][e] = a.logits(s[n][e]);
         s[n][2 + e] = a.logits(s[n][2 + e]);
         if (everything) continue;
-        const Key key = load(&shared.key[slot][first_key + 8 * n + fragment_column() + e]);
+        const Key key = load(keys + first_key + 8 * n + fragment_column() + e);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!named[i] || !row[i].sees(key, window)) s[n][2 * i + e] = -INFINITY;
@@ -279,14 +200,13 @@ struct Rows {
         o[n][2 * i + 1] *= c;
       }
     }
-    Math::accumulate_rows(o, s, tiles.values(stage), first_key, a.v.width);
+    Math::accumulate_rows(o, s, v, first_key, a.v.width);
   }
 
   // The warps' states meet in shared memory, in the place of the tiles.
   __device__ __forceinline__ void write() {
-    float* states = reinterpret_cast<float*>(tiles.base);
+    float* states = reinterpret_cast<float*>(shared.tiles);
     const int g = fragment_row(), t = fragment_column();
-    __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       l[i] += shuffle_xor(l[i], 1);
@@ -340,7 +260,7 @@ struct Rows {
 #pragma unroll
       for (int i = 0; i < kKeyWarps; ++i)
         value += states[((r / 16 + kRowWarps * i) * 16 + r % 16) * a.o_stride + x] * weight[i];
-      bad |= !(fabsf(value) <= kLargest);
+      bad |= !is_finite(value);
       if (direct) {
         out[x] = narrow<E>(value * done.factor);
       } else {
@@ -348,8 +268,9 @@ struct Rows {
       }
     }
     if (!any(bad)) return;
+    const QueryRow seen = query_row(p.plan, query);
     for (int x = lane(); x < p.v_head_dim; x += kLanes) {
-      const float value = careful_value(a, p.plan.task[task_index], query, head, top, x);
+      const float value = careful_value(a, task, seen, head, top, x);
       if (direct) {
         out[x] = narrow<E>(value * done.factor);
       } else {
@@ -360,7 +281,7 @@ struct Rows {
 };
 
 template <class Math, int kColumns>
-__global__ void __launch_bounds__(kThreads, kColumns == 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kColumns == 64 && sizeof(typename Math::Element) == 2 ? 3 : 2)
     attend_kernel(const __grid_constant__ Problem<typename Math::Element> a) {
   const AttendParams& p = a.p;
   const auto index = static_cast<int32_t>(blockIdx.x / p.num_kv_heads);
@@ -370,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 3 : 2)
   if (task.kv_head >= 0 && task.kv_head != kv_head) return;
   const int rows = (task.query_end - task.query_begin) * (p.num_q_heads / p.num_kv_heads);
   auto run = [&]<int kRowWarps>(int first) {
-    Rows<Math, kColumns, kRowWarps> part(a, index, task, kv_head, first, min(16 * kRowWarps, rows - first));
+    Rows<Math, kColumns, kRowWarps> part(a, task, kv_head, first, min(16 * kRowWarps, rows - first));
     part.run();
   };
   for (int first = 0; first < rows; first += kMaxRows) {
@@ -421,10 +342,7 @@ Problem<E> problem_of(const AttendParams& p) {
   a.k = source_of<E>(p.k, p.head_dim);
   a.v = source_of<E>(p.v, p.v_head_dim);
   a.logits = Logits::of(p);
-  a.k_swizzle = swizzle_of<E>(p.head_dim);
-  a.v_swizzle = swizzle_of<E>(p.v_head_dim);
-  a.v_offset = kTileKeys<E> * a.k_swizzle.chunks * kChunkBytes;
-  a.stage_offset = a.v_offset + kTileKeys<E> * a.v_swizzle.chunks * kChunkBytes;
+  a.stages = Stages::of<E>(p);
   a.o_stride = padded(p.v_head_dim) + 8;
   return a;
 }
@@ -433,11 +351,11 @@ Problem<E> problem_of(const AttendParams& p) {
 template <class E>
 size_t choose_stages(Problem<E>& a) {
   size_t bytes = 0;
-  for (a.stages = kMaxStages; a.stages > 0; --a.stages) {
-    const size_t queries = kMaxRows * static_cast<size_t>(a.k_swizzle.chunks) * kChunkBytes;
-    const size_t tiles = queries + static_cast<size_t>(a.stages * a.stage_offset);
+  for (int& count = a.stages.count; count > 0; --count) {
+    const size_t queries = kMaxRows * static_cast<size_t>(a.stages.k.chunks) * kChunkBytes;
+    const size_t tiles = queries + static_cast<size_t>(count * a.stages.stage_offset);
     const size_t states = kMaxRows * sizeof(float) * static_cast<size_t>(a.o_stride);
-    bytes = sizeof(Shared<kTileKeys<E>>) + std::max(tiles, states);
+    bytes = sizeof(Shared<E>) + std::max(tiles, states);
     if (bytes <= shared_limit()) return bytes;
   }
   require_shared(bytes, a.p);

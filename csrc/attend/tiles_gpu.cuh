@@ -50,21 +50,149 @@ __device__ __forceinline__ void copy_key_rows(const Matrix<E>& to, int rows, con
   });
 }
 
+// Stages of shared memory that K and V pass through, and the keys of the tiles in and before them.
+constexpr int kMaxStages = 2;
+
+template <class E>
+struct KeyRing {
+  Key key[kMaxStages + 1][kTileKeys<E>];
+  TileSpan span[kMaxStages + 1];
+};
+
+struct Stages {
+  int count;
+  int v_offset, stage_offset;  // in bytes: from K to V, from stage to stage
+  Swizzle k, v;
+
+  template <class E>
+  static Stages of(const AttendParams& p) {
+    Stages s{kMaxStages, 0, 0, swizzle_of<E>(p.head_dim), swizzle_of<E>(p.v_head_dim)};
+    s.v_offset = kTileKeys<E> * s.k.chunks * kChunkBytes;
+    s.stage_offset = s.v_offset + kTileKeys<E> * s.v.chunks * kChunkBytes;
+    return s;
+  }
+};
+
+// Brings the tiles of a cursor into shared memory, one after the other, and calls
+// meet(span, keys, K, V) for each, by all threads. K and V are copied a stage ahead; the keys of a tile are looked up
+// one tile before that. Copies that were committed before have arrived when the first tile has.
+template <class E, class Cursor, class Meet>
+__device__ __forceinline__ void for_each_tile(KeyRing<E>& ring, unsigned char* memory, const Stages& stages,
+                                              Cursor cursor, const Source<E>& k, const Source<E>& v,
+                                              int kv_head, Meet meet) {
+  constexpr int kKeys = kTileKeys<E>;
+  // Tile n uses ring slot n % (stages + 1) and stage n % stages.
+  const int slots = stages.count + 1;
+  const auto k_of = [&](int stage) {
+    return Matrix<E>{reinterpret_cast<E*>(memory + stage * stages.stage_offset), stages.k};
+  };
+  const auto v_of = [&](int stage) {
+    return Matrix<E>{reinterpret_cast<E*>(memory + stage * stages.stage_offset + stages.v_offset), stages.v};
+  };
+  // The next tile's keys, all but where they lie: that comes from global memory, and is put in place later.
+  const auto look_ahead = [&](int slot, int32_t& place) {
+    TileSpan span;
+    Key key;
+    if (!cursor.next(span, key)) return false;
+    place = key.slot;
+    key.slot = 0;
+    if (threadIdx.x < kKeys) ring.key[slot][threadIdx.x] = key;
+    if (threadIdx.x == 0) ring.span[slot] = span;
+    return true;
+  };
+  const auto put_place = [&](int slot, int32_t place) {
+    if (threadIdx.x < kKeys) ring.key[slot][threadIdx.x].slot = place;
+  };
+  // An empty group of copies where there is no such tile.
+  const auto fetch = [&](int slot, int stage, bool exists) {
+    if (exists) {
+      copy_key_rows(k_of(stage), kKeys, k, ring.key[slot], ring.span[slot].count, kv_head);
+      copy_key_rows(v_of(stage), kKeys, v, ring.key[slot], ring.span[slot].count, kv_head);
+    }
+    ptx::commit_copies();
+  };
+
+  int known = 0;  // tiles whose keys are in shared memory
+  for (int32_t place; known < stages.count && look_ahead(known, place); ++known) put_place(known, place);
+  __syncthreads();
+  for (int i = 0; i + 1 < stages.count; ++i) fetch(i, i, i < known);
+  for (int tile = 0, slot = 0, stage = 0; tile < known; ++tile) {
+    if (tile > 0) __syncthreads();  // everyone has left the tile before; the next ones' keys are there
+    const int ahead = tile + stages.count - 1;
+    fetch(ahead % slots, ahead % stages.count, ahead < known);
+    int32_t place = 0;
+    const bool more = known == tile + stages.count && look_ahead(known % slots, place);
+    if (stages.count == 2) {
+      ptx::wait_for_copies<1>();
+    } else {
+      ptx::wait_for_copies<0>();
+    }
+    __syncthreads();
+    meet(ring.span[slot], ring.key[slot], k_of(stage), v_of(stage));
+    if (more) put_place(known++ % slots, place);
+    slot = slot + 1 == slots ? 0 : slot + 1;
+    stage = stage + 1 == stages.count ? 0 : stage + 1;
+  }
+  ptx::wait_for_copies<0>();
+  __syncthreads();
+}
+
 // Logits in units of log2.
 struct Logits {
   float scale, cap;  // without cap: logit * scale; with it: cap * tanh(logit * scale)
+  float slope;       // of the logit in natural units at 0
   int window;
 
   static Logits of(const AttendParams& p) {
     const double log2e = 1.4426950408889634;
+    const auto slope = static_cast<float>(p.scale);
     if (p.softcap > 0)
-      return {static_cast<float>(p.scale / p.softcap), static_cast<float>(p.softcap * log2e), p.window};
-    return {static_cast<float>(p.scale * log2e), 0, p.window};
+      return {static_cast<float>(p.scale / p.softcap), static_cast<float>(p.softcap * log2e), slope,
+              p.window};
+    return {static_cast<float>(p.scale * log2e), 0, slope, p.window};
   }
   __device__ __forceinline__ float operator()(float product) const {
     return cap > 0 ? cap * tanhf(product * scale) : product * scale;
   }
+  __device__ __forceinline__ float operator()(float product, float& slope_there) const {
+    slope_there = slope;
+    if (cap <= 0) return product * scale;
+    const float bent = tanhf(product * scale);
+    slope_there *= 1.0f - bent * bent;
+    return cap * bent;
+  }
 };
+
+// f(key) for the keys of items [item_begin, item_end) that one query sees, one after the other: for what is rare.
+template <class F>
+__device__ __forceinline__ void for_each_visible_key(const PlanView& plan, int32_t item_begin,
+                                                     int32_t item_end, const QueryRow& row, int window, F f) {
+#pragma unroll 1
+  for (int32_t i = item_begin; i < item_end; ++i) {
+    const PlanItem item = plan.item[i];
+    if (row.query < item.query_begin || row.query >= item.query_end) continue;
+#pragma unroll 1
+    for (int32_t at = item.segment_begin; at < item.segment_end; ++at) {
+      const PlanSegment s = plan.segment[at];
+#pragma unroll 1
+      for (int32_t n = 0; n < s.length; ++n) {
+        const Key key = key_at(plan, s, n);
+        if (row.sees(key, window)) f(key);
+      }
+    }
+  }
+}
+
+template <class E>
+__device__ __forceinline__ float dot(const E* a, const E* b, int width) {
+  float sum = 0;
+#pragma unroll 1
+  for (int x = 0; x < width; ++x) sum = fmaf(widen(a[x]), widen(b[x]), sum);
+  return sum;
+}
+
+constexpr float kLargest = 3.4028235e38f;
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= kLargest; }
 
 constexpr int kMaxHeadDim = 256;
 constexpr float kEmptyMax = -3e38f;  // not -inf: a difference of maxima is then never NaN
