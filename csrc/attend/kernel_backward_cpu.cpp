@@ -264,7 +264,7 @@ struct Backward {
 
   void add_rows(T* dst, const AttendUnit& unit, const T* src, int64_t stride, int d) {
     for (int i = 0; i < tile->count; ++i) {
-      T* row = dst + ((unit.group * b.num_slots + tile->slot[i]) * p.num_kv_heads + unit.head_begin) * d;
+      T* row = dst + ((unit.group * p.num_slots + tile->slot[i]) * p.num_kv_heads + unit.head_begin) * d;
       for (int x = 0; x < d; ++x) row[x] += src[i * stride + x];
     }
   }

@@ -63,6 +63,7 @@ PlanView view_tables(const PlanTensors& t, const Tensor& q) {
   p.num_queries = static_cast<int32_t>(q.size(0));
   p.num_tasks = static_cast<int32_t>(t.task.size(0));
   p.num_partials = static_cast<int32_t>(t.merge_row.numel());
+  p.num_places = static_cast<int32_t>(t.slots.numel());
   return p;
 }
 
@@ -168,6 +169,7 @@ AttendParams make_params(const Inputs& in, double scale, double softcap, int64_t
   p.num_kv_heads = static_cast<int32_t>(k.size(1));
   p.head_dim = static_cast<int32_t>(q.size(2));
   p.v_head_dim = static_cast<int32_t>(v.size(2));
+  p.num_slots = static_cast<int32_t>(k.size(0));
   require(k.size(2) == q.size(2), "k", text("of q's head_dim ", q.size(2)), k.size(2));
   require(p.head_dim > 0, "head_dim", "at least 1", p.head_dim);
   require(p.v_head_dim > 0, "v's head_dim", "at least 1", p.v_head_dim);
@@ -396,7 +398,43 @@ Tensor finish_gradient(const Tensor& sum, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dsinks
+
+// Every gradient has one owner, which writes it in its final dtype.
+Gradients run_backward_gpu(GpuLaunch& gpu, AttendBackwardParams& b, const Inputs& in, const Tensor& dout,
+                           const Tensor& dlse, const Tensor& out, const Tensor& lse) {
+  const Tensor& q = in.q;
+  const AttendParams& p = b.forward;
+  Tensor dq = torch::stable::new_zeros(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor dk = torch::stable::new_zeros(q, {in.k.size(0), in.k.size(1), in.k.size(2)});
+  Tensor dv = torch::stable::new_zeros(q, {in.v.size(0), in.v.size(1), in.v.size(2)});
+  Tensor delta = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  Tensor sink_rows, dsinks = torch::stable::new_zeros(q, {in.sinks.has_value() ? q.size(1) : 0}, ScalarType::Float);
+  b.dq = dq.mutable_data_ptr();
+  b.dk = dk.mutable_data_ptr();
+  b.dv = dv.mutable_data_ptr();
+  b.delta = delta.mutable_data_ptr();
+  name_inputs(gpu, in);
+  gpu.reads(dout, "dout");
+  if (b.dlse != nullptr) gpu.reads(dlse, "dlse");
+  gpu.reads(out, "out");
+  gpu.reads(lse, "lse");
+  gpu.writes(dq, "dq");
+  gpu.writes(dk, "dk");
+  gpu.writes(dv, "dv");
+  gpu.writes(delta, "delta");
+  if (p.sinks != nullptr) {
+    sink_rows = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+    b.dsinks = sink_rows.mutable_data_ptr();
+    b.sink_sums = dsinks.mutable_data_ptr();
+    gpu.writes(sink_rows, "sink_rows");
+    gpu.writes(dsinks, "dsinks");
+  }
+  gpu.run("attend_backward", b);
+  return {dq, dk, dv, dsinks};
+}
+
+Gradients attend_backward_op(
     const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& slots, const Tensor& query,
     const Tensor& segment, const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
@@ -407,6 +445,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
   const Inputs in{q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks};
   p = make_params(in, scale, softcap, window);
   const ScalarType state = state_type(p.dtype);
+  check_device(dout_, "dout", q, "q");
+  check_device(out, "out", q, "q");
+  check_device(lse, "lse", q, "q");
+  if (dlse_.has_value()) check_device(*dlse_, "dlse", q, "q");
   check_dtype(dout_, "dout", {q.scalar_type()});
   check_shape(dout_, "dout", "[Nq, Hq, Dv]", {q.size(0), q.size(1), v.size(2)});
   check_dtype(out, "out", {q.scalar_type()});
@@ -425,7 +467,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
   p.out = strided(out, "out");
   p.lse = const_cast<void*>(lse.const_data_ptr());
   b.dout = strided(dout, "dout");
-  b.num_slots = k.size(0);
+  if (GpuLaunch gpu(q); gpu) return run_backward_gpu(gpu, b, in, dout, dlse, out, lse);
   int32_t groups = 1;
   const std::vector<AttendUnit> units = backward_units(p, groups);
   p.units = units.data();
@@ -468,12 +510,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_op(
           finish_gradient(dv, dtype), dsinks};
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(palmette, CPU, m) {
+template <class Library>
+void implement(Library& m) {
   m.impl("attend", TORCH_BOX(&attend_op));
   m.impl("attend_out", TORCH_BOX(&attend_out_op));
   m.impl("attend_backward", TORCH_BOX(&attend_backward_op));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(palmette, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(palmette, CUDA, m) { implement(m); }
 
 }  // namespace palmette

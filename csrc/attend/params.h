@@ -49,6 +49,7 @@ struct PlanView {
   const int32_t* merge_ptr;    // [num_queries + 1]
   const int32_t* merge_row;    // [num_partials]
   int32_t num_queries, num_tasks, num_partials, max_task_queries;
+  int32_t num_places;  // length of `slots`
 };
 
 // What one worker takes at a time: some KV heads of one task (forward) or of a run of tasks (backward).
@@ -74,20 +75,23 @@ struct AttendParams {
   int32_t num_units;
   DType dtype;
   int32_t num_q_heads, num_kv_heads, head_dim, v_head_dim;
+  int32_t num_slots;  // rows of k and v
   double scale, softcap;  // softcap 0: none
   int32_t window;         // 0: none
   int64_t scratch_bytes;  // per worker
 };
 
+// dq, dk and dv are of the arithmetic type T on the CPU, of the dtype of q on a GPU.
 struct AttendBackwardParams {
   AttendParams forward;  // inputs, out and lse as the forward pass returned them; units of one KV head each
   Strided dout;          // [Nq, Hq, Dv], dtype of q
   const void* dlse;      // T [Nq, Hq] or null
-  void* dq;              // T [Nq, Hq, D], zeroed
-  void* dk;              // T [groups, slots, Hk, D], zeroed
-  void* dv;              // T [groups, slots, Hk, Dv], zeroed
-  void* dsinks;          // T [num_queries, Hq] or null: per row, summed by the operator
-  int64_t num_slots;
+  void* dq;              // [Nq, Hq, D], zeroed
+  void* dk;              // [groups, slots, Hk, D], zeroed; one group on a GPU
+  void* dv;              // [groups, slots, Hk, Dv], zeroed
+  void* dsinks;          // T [Nq, Hq] or null: per row
+  void* sink_sums;       // T [Hq] or null: their sums; filled on a GPU, by the operator on the CPU
+  void* delta;           // T [Nq, Hq]: scratch of a GPU
 };
 
 // Bytes of scratch that one worker needs for a task of `rows` query rows of `heads` KV heads at a time.

@@ -40,6 +40,11 @@ __device__ __forceinline__ float group_sum(float x PALMETTE_COMMA_SITE) {
   for (int step = kLanes / 2; step > 0; step /= 2) x += shuffle_xor(x, step PALMETTE_COMMA_PASS);
   return x;
 }
+__device__ __forceinline__ int group_max(int x PALMETTE_COMMA_SITE) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) x = max(x, shuffle_xor(x, step PALMETTE_COMMA_PASS));
+  return x;
+}
 __device__ __forceinline__ int group_min(int x PALMETTE_COMMA_SITE) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) x = min(x, shuffle_xor(x, step PALMETTE_COMMA_PASS));

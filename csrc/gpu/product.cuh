@@ -4,6 +4,7 @@
 //     multiply_rows    C[16][N]      = A[16][depth] B[N][depth]^T    A and B in shared memory   (q k, do v)
 //     accumulate_rows  C[16][width] += P[16][N] B[N][width]          P in registers             (p v, ds k)
 //
+// (of B, the columns from b_column on).
 // Both leave C and take P as the tensor cores hold an accumulator: lane l has, of every 8 columns, with
 // g = l / 4 and t = 2 (l % 4),
 //
@@ -53,7 +54,8 @@ struct Scalar {
   // A row's weights lie in four lanes, which hand them round.
   template <int kN, int kTiles>
   __device__ static __forceinline__ void accumulate_rows(float (&c)[kTiles][4], const float (&p)[kN][4],
-                                                         const Matrix<E>& b, int b_row, int width) {
+                                                         const Matrix<E>& b, int b_row, int width,
+                                                         int b_column = 0) {
     using Pair = Pack<E, 2>;
     const int t = fragment_column();
 #pragma unroll 1
@@ -68,7 +70,7 @@ struct Scalar {
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
             if (8 * m >= width) break;
-            const int column = 8 * m + t;
+            const int column = b_column + 8 * m + t;
             const Pair pair = load(reinterpret_cast<const Pair*>(b.chunk(row, column / kPerChunk<E>) +
                                                                  column % kPerChunk<E>));
 #pragma unroll
@@ -133,7 +135,8 @@ struct Tensor {
 
   template <int kN, int kTiles>
   __device__ static __forceinline__ void accumulate_rows(float (&c)[kTiles][4], const float (&p)[kN][4],
-                                                         const Matrix<E>& b, int b_row, int width) {
+                                                         const Matrix<E>& b, int b_row, int width,
+                                                         int b_column = 0) {
     static_assert(kN % 2 == 0 && kTiles % 2 == 0, "an mma adds 16 rows, ldmatrix brings 16 columns");
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
@@ -145,7 +148,7 @@ struct Tensor {
         if (8 * m >= width) break;
         // of B, transposed: rows 0-7, rows 8-15, and the same of the next eight columns
         uint32_t y[4];
-        ptx::load_matrix_x4<true>(y, b.chunk(b_row + 8 * n + (lane() & 15), m + (lane() >> 4)));
+        ptx::load_matrix_x4<true>(y, b.chunk(b_row + 8 * n + (lane() & 15), b_column / 8 + m + (lane() >> 4)));
         Instruction::multiply(c[m], x, y[0], y[1]);
         Instruction::multiply(c[m + 1], x, y[2], y[3]);
       }
