@@ -37,6 +37,12 @@ std::string gpu_kernels(const std::string& backend) {
   return names;
 }
 
+// Why a backend cannot run here; empty if it can.
+std::string gpu_status(const std::string& backend) {
+  const gpu::Library* library = gpu_library(backend);
+  return library == nullptr ? "not built" : library->device_status();
+}
+
 }  // namespace
 
 std::string load_gpu_library(const std::string& path) {
@@ -116,4 +122,5 @@ void GpuLaunch::launch(const char* kernel, const void* params, size_t params_byt
 STABLE_TORCH_LIBRARY_IMPL(palmette, CompositeExplicitAutograd, m) {
   m.impl("_load_gpu_library", TORCH_BOX(&palmette::load_gpu_library));
   m.impl("_gpu_kernels", TORCH_BOX(&palmette::gpu_kernels));
+  m.impl("_gpu_status", TORCH_BOX(&palmette::gpu_status));
 }
