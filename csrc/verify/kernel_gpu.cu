@@ -87,7 +87,7 @@ struct Visit {
 template <class E>
 __device__ __forceinline__ int argmax(const E* row, int vocab, const Visit& visit, Shared& shared) {
   float best = -INFINITY;
-  int token = kNone;  // there is nothing above -inf yet
+  int token = 0;  // unless something is above -inf
   const auto look = [&](int t, float x) {
     const bool first_nan = x != x && best == best;
     if (x > best || first_nan) {
@@ -114,8 +114,7 @@ __device__ __forceinline__ int argmax(const E* row, int vocab, const Visit& visi
 
   const uint64_t top = greatest_of_block(make_key(ordered(best), token), shared);
   token = token_of(top);
-  if (top >> 32 == kNan) return visit.fail(RowFault::nan, token, best);
-  return token == kNone ? 0 : token;  // all are -inf
+  return top >> 32 == kNan ? visit.fail(RowFault::nan, token, NAN) : token;
 }
 
 // The sums of chunks, and whether one of this thread's probabilities is negative or NaN.
