@@ -228,6 +228,15 @@ def test_results_of_a_root_that_visits_a_bad_row(uniforms, value, where, bad):
 
 
 @needs_emulator
+def test_a_bad_row_ends_the_walk_although_a_child_holds_minus_one():
+    rows = torch.zeros(3, 600)
+    rows[1, 5] = math.nan
+    accepted, num_accepted, bonus = run_kernel([-1, 2], rows, None, [0, 0, -1])
+    assert accepted.tolist() == [[-1] * 3] * 2
+    assert (num_accepted.tolist(), bonus.tolist()) == ([0, -1], [0, -1])
+
+
+@needs_emulator
 @pytest.mark.parametrize("token", [-1, -5, 2**40 + 4, 600])
 def test_tokens_out_of_range_are_not_accepted(token):
     rows = torch.zeros(3, 600)
