@@ -86,7 +86,7 @@ __device__ __forceinline__ float careful_value(const Problem<E>& a, const PlanTa
 // Keys that a warp meets at a time, which the columns of O must leave registers for. Rows of four warps have
 // few keys each.
 template <class E, int kColumns>
-constexpr int kWideStep = kColumns > 128 || sizeof(E) == 4 ? 16 : 32;
+constexpr int kWideStep = (kColumns > 128 ? 16 : 32) / (sizeof(E) == 4 ? 2 : 1);
 template <class E>
 constexpr int kThinStep = kTileKeys<E> / kWarps;
 
