@@ -5,8 +5,8 @@
     ci/cubins.py [--write docs/gpu.md]
 
 Prints a table, or writes it between the marks in a page; fails when a kernel spills or misses the
-instructions that it was written for. Needs cuobjdump and nvdisasm (on PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)
-and c++filt.
+instructions that it was written for. Needs cuobjdump and nvdisasm (on PyPI: nvidia-cuda-cuobjdump,
+nvidia-cuda-nvdisasm) and c++filt.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libpalmette_cuda.so, where nvcc has built it: it loads beside any torch; what its kernels were compiled to."""
+"""libpalmette_cuda.so, where nvcc has built it: it loads beside any torch, and what its kernels became."""
 
 from __future__ import annotations
 
