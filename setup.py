@@ -28,7 +28,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", build], check=True)
 
     def get_outputs(self) -> list[str]:
-        return [] if self.inplace else [str(Path(self.build_lib, "palmette", "lib", "libpalmette.so"))]
+        return [] if self.inplace else [str(p) for p in Path(self.build_lib, "palmette", "lib").glob("*.so")]
 
 
 class PlatformWheel(bdist_wheel):

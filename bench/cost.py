@@ -65,8 +65,8 @@ def measure() -> dict[str, float]:
     per_key = {r: (times[r, LONG] - times[r, SHORT]) / (LONG - SHORT) for r in all_rows}
     key, pack = np.polyfit(FULL_BLOCKS, [per_key[r] for r in FULL_BLOCKS], 1)
     read = statistics.mean(per_key[r] for r in SMALL_BLOCKS)
-    result = {"kKeyCost": float(key), "kPackCost": float(pack), "kReadCost": read}
-    for name, blocks in (("kLanes8", (8,)), ("kLanes4", (4, 2, 1))):
+    result = {"key": float(key), "pack": float(pack), "read": read}
+    for name, blocks in (("lanes8", (8,)), ("lanes4", (4, 2, 1))):
         result[name] = statistics.mean(per_key[16 + r] - per_key[16] for r in blocks) / float(key)
     fixed_rows = FULL_BLOCKS + SMALL_BLOCKS
     pieces = {(r, n): bench.plan(r, SHORT // n, n) for r in fixed_rows for n in (48, 96)}
@@ -74,7 +74,7 @@ def measure() -> dict[str, float]:
     more = SHORT // 48 - SHORT // 96
     fixed = {r: (times[r, 48] - times[r, 96]) / more for r in fixed_rows}
     row, item = np.polyfit(fixed_rows, list(fixed.values()), 1)
-    result |= {"kItemCost": float(item), "kRowCost": float(row)}
+    result |= {"item": float(item), "row": float(row)}
     result |= {f"per_key {r}": per_key[r] for r in all_rows}
     return result | {f"fixed {r}": fixed[r] for r in fixed_rows}
 

@@ -48,13 +48,14 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   m.def("tree_slots(Tensor nodes, Tensor counts, Tensor arena, int node) -> Tensor");
   m.def(
       "plan_tree(Tensor nodes, Tensor tree_counts, str queries, Tensor? query_node, Tensor? query_offset, "
-      "int num_q_heads, int num_kv_heads, int head_dim, str split, int block_len, Tensor(a!) counts, "
+      "int num_q_heads, int num_kv_heads, int head_dim, str split, int block_len, str target, "
+      "Tensor(a!) counts, "
       "Tensor(b!) query, Tensor(c!) segment, Tensor(d!) item, Tensor(e!) task, Tensor(f!) merge_ptr, "
       "Tensor(g!) merge_row, Tensor(h!) io) -> Tensor done");
 
   m.def(
       "plan_varlen(Tensor q_indptr, Tensor kv_indptr, bool causal, SymInt num_queries, "
-      "SymInt num_keys, int num_q_heads, int num_kv_heads, int head_dim, SymInt item_capacity, "
+      "SymInt num_keys, int num_q_heads, int num_kv_heads, int head_dim, str target, SymInt item_capacity, "
       "SymInt partial_capacity) -> (Tensor "
       "slots, Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, Tensor merge_row, "
       "Tensor counts)");
@@ -76,4 +77,5 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   m.def("_build_info() -> str");
   m.def("_load_gpu_library(str path) -> str");
   m.def("_gpu_kernels(str backend) -> str");
+  m.def("_gpu_status(str backend) -> str");
 }

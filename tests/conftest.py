@@ -15,9 +15,10 @@ ALL_BODIES = ("scalar", "avx2", "avx2x16", "avx512", "emulated")
 BODIES = tuple(body for body in ALL_BODIES if body in testing.backends())
 
 # Drawn examples are the same in every run, so a failure on CI is a failure here; nightly runs may ask for
-# random ones.
-hypothesis.settings.register_profile("palmette", deadline=None, derandomize=True, max_examples=50)
-hypothesis.settings.register_profile("random", deadline=None, max_examples=500)
+# random ones. All examples of a test share its fixtures: a backend is chosen once for all of them.
+SHARED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture]}
+hypothesis.settings.register_profile("palmette", derandomize=True, max_examples=50, **SHARED)
+hypothesis.settings.register_profile("random", max_examples=500, **SHARED)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "palmette"))
 
 
@@ -35,8 +36,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = metafunc.config.getoption("--backends").split(",")
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", metafunc.config.getoption("--backends").split(","), indirect=True)
+        metafunc.parametrize("backend", names, indirect=True)
+    if "machine" in metafunc.fixturenames:
+        cpu = [name for name in names if name not in testing.EMULATORS]
+        metafunc.parametrize("machine", cpu[:1] + [name for name in names if name not in cpu], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +52,13 @@ def _seeded() -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every ISA body that this CPU has, and on the GPU kernels under the emulator."""
+    with testing.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def machine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, for operators whose code is the same on every ISA body."""
     with testing.backend(request.param):
         yield request.param
 

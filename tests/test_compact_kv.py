@@ -25,6 +25,9 @@ DTYPES = (
 )
 
 
+pytestmark = pytest.mark.usefixtures("machine")
+
+
 def caches(slots: int, heads: int = 2, dim: int = 3, v_dim: int = 5) -> tuple[Tensor, Tensor]:
     """Every element different."""
     k = torch.arange(slots * heads * dim, dtype=torch.float32).view(slots, heads, dim)

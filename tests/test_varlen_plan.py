@@ -210,29 +210,30 @@ def test_bad_heads(changes, message):
 
 
 def test_too_little_capacity_raises_instead_of_writing_past_the_end():
-    arguments = (indptr([40]), indptr([40]), True, 40, 40, 64, 1, 8)
+    arguments = (indptr([40]), indptr([40]), True, 40, 40, 64, 1, 8, "cpu")
     with pytest.raises(RuntimeError, match=r"^item_capacity must be at least \d+, got 3"):
         torch.ops.palmette.plan_varlen(*arguments, 3, 100)
-    long = (indptr([4]), indptr([20_000]), True, 4, 20_000, 64, 1, 128)
+    long = (indptr([4]), indptr([20_000]), True, 4, 20_000, 64, 1, 128, "cpu")
     with pytest.raises(RuntimeError, match=r"^partial_capacity must be at least \d+, got 1"):
         torch.ops.palmette.plan_varlen(*long, 100, 1)
 
 
 OPCHECK_CASES = {
     "plan_varlen": lambda: [
-        (indptr([3, 0, 2]), indptr([5, 1, 1], torch.int64), True, 5, 7, 8, 2, 64, 20, 100),
-        (indptr([]), indptr([]), False, 0, 0, 1, 1, 8, 4, 4),
+        (indptr([3, 0, 2]), indptr([5, 1, 1], torch.int64), True, 5, 7, 8, 2, 64, "cpu", 20, 100),
+        (indptr([]), indptr([]), False, 0, 0, 1, 1, 8, "cpu", 4, 4),
     ]
 }
 
 
 def test_the_bounds_know_the_planner_s_constants():
     text = (Path(__file__).parent.parent / "csrc" / "plan" / "cost.h").read_text()
-    for name, value in (
-        ("kMaxTaskRows", _varlen._MAX_TASK_ROWS),
-        ("kKeyStep", _varlen._KEY_STEP),
-        ("kFreePartialBytes", _varlen._FREE_PARTIAL_BYTES),
-    ):
-        (found,) = re.findall(rf"{name} = ([0-9 <]+);", text)
-        number, _, shift = found.partition("<<")
-        assert int(number) << int(shift or 0) == value
+    for target in ("cpu", "gpu"):
+        (block,) = re.findall(rf'name = "{target}",(.*?)}};', text, re.S)
+        for field, value in (
+            ("max_task_rows", _varlen._MAX_TASK_ROWS[target]),
+            ("key_step", _varlen._KEY_STEP[target]),
+        ):
+            assert re.findall(rf"\.{field} = (\d+)", block) == [str(value)]
+    (number,) = re.findall(r"kFreePartialBytes = (\d+) << 10;", text)
+    assert int(number) << 10 == _varlen._FREE_PARTIAL_BYTES

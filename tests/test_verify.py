@@ -12,8 +12,7 @@ import palmette
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import BODIES
-from palmette import Tree, testing, verify_greedy, verify_sample
+from palmette import Tree, verify_greedy, verify_sample
 from palmette.reference import verify as reference
 from palmette.verify import token_tree_shape
 from token_trees import DTYPES, assert_same, logits_for, token_tree, token_trees
@@ -40,15 +39,13 @@ def test_golden_vectors_of_sglang(backend):
     assert predicts.tolist() == [3, -1, -1, 4, 5, 18, 11, -1, -1, -1, 12, 18]
 
 
-@pytest.mark.parametrize("body", BODIES)
 @hypothesis.given(drawn=token_trees(), seed=st.integers(0, 2**31), dtype=st.sampled_from(DTYPES))
-def test_greedy_equals_the_reference(body, drawn, seed, dtype):
+def test_greedy_equals_the_reference(backend, drawn, seed, dtype):
     parent, tokens, vocab = drawn
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(-2, 3, (len(parent), vocab), generator=generator).to(dtype)  # many ties
     draft = torch.tensor(tokens, dtype=torch.int32 if seed % 2 else torch.int64)
-    with testing.backend(body):
-        got = verify_greedy(token_tree(parent), draft, logits)
+    got = verify_greedy(token_tree(parent), draft, logits)
     assert_same(got, reference.verify_greedy(parent, draft, logits))
 
 
@@ -83,7 +80,7 @@ def test_infinite_logit_wins(backend):
     assert verify_greedy(Tree([-1], [1]), torch.tensor([0]), logits)[2].tolist() == [33]
 
 
-def test_single_node():
+def test_single_node(backend):
     accepted, num_accepted, bonus = verify_greedy(Tree([-1], [7]), torch.tensor([0]), logits_for([4]))
     assert accepted.shape == (1, 0)
     assert num_accepted.tolist() == [0]
@@ -91,7 +88,7 @@ def test_single_node():
 
 
 @pytest.mark.parametrize("root_tokens", [0, 1, 50])
-def test_root_of_any_length(root_tokens):
+def test_root_of_any_length(backend, root_tokens):
     tree = token_tree([-1, 0, 1], root_tokens)
     accepted, num_accepted, bonus = verify_greedy(tree, torch.tensor([9, 3, 4]), logits_for([3, 4, 5]))
     assert accepted.tolist() == [[1, 2]]
@@ -99,7 +96,7 @@ def test_root_of_any_length(root_tokens):
     assert bonus.tolist() == [5]
 
 
-def test_chain_of_depth_1000():
+def test_chain_of_depth_1000(backend):
     parent = list(range(-1, 1000))
     tokens = torch.arange(1001) % 17
     choice = torch.cat([tokens[1:], torch.tensor([2])])
@@ -113,7 +110,7 @@ def test_chain_of_depth_1000():
 
 
 @pytest.mark.parametrize("leaves", [1, 31, 32, 33, 63, 64, 65, 257])
-def test_stars(leaves):
+def test_stars(backend, leaves):
     tokens = torch.arange(-1, leaves)
     logits = logits_for([leaves - 1, *[0] * leaves], vocab=300)
     accepted, num_accepted, bonus = verify_greedy(token_tree([-1] + [0] * leaves), tokens, logits)
@@ -122,7 +119,7 @@ def test_stars(leaves):
     assert bonus.tolist() == [0]
 
 
-def test_forest_of_unequal_depth_in_order_of_root_ids():
+def test_forest_of_unequal_depth_in_order_of_root_ids(backend):
     #        0 -> 4 -> 5          2 alone          3 -> 1
     parent = [-1, 3, -1, -1, 0, 4]
     tokens = torch.tensor([0, 6, 0, 0, 7, 8])
@@ -132,7 +129,7 @@ def test_forest_of_unequal_depth_in_order_of_root_ids():
     assert bonus.tolist() == [3, 2, 1]
 
 
-def test_the_lowest_of_equal_siblings_counts_even_if_a_higher_one_goes_further():
+def test_the_lowest_of_equal_siblings_counts_even_if_a_higher_one_goes_further(backend):
     parent, tokens = [-1, 0, 0, 0, 2], torch.tensor([0, 5, 5, 5, 6])
     logits = logits_for([5, 6, 6, 6, 7])
     assert verify_greedy(token_tree(parent), tokens, logits)[0].tolist() == [[1, -1]]
@@ -143,7 +140,7 @@ def test_the_lowest_of_equal_siblings_counts_even_if_a_higher_one_goes_further()
     assert (num_accepted.tolist(), bonus.tolist()) == ([2], [7])
 
 
-def test_pruned_ids_are_ignored_whatever_they_hold():
+def test_pruned_ids_are_ignored_whatever_they_hold(backend):
     tree = token_tree([-1, 0, 0, -1, 3, -1, 5])
     tree.prune(2)
     tree.prune(3)
@@ -155,7 +152,7 @@ def test_pruned_ids_are_ignored_whatever_they_hold():
     assert (num_accepted.tolist(), bonus.tolist()) == ([1, 1], [3, 2])
 
 
-def test_tree_that_grew():
+def test_tree_that_grew(backend):
     tree = token_tree([-1])
     child = tree.branch(0, 2)
     tree.append(child, [1, 1])
@@ -166,7 +163,7 @@ def test_tree_that_grew():
     assert bonus.tolist() == [9]
 
 
-def test_empty_forest():
+def test_empty_forest(backend):
     tree = Tree([-1], [1])
     tree.prune(0)
     accepted, num_accepted, bonus = verify_greedy(tree, torch.tensor([0]), torch.zeros(1, 4))
@@ -207,7 +204,18 @@ def test_nan_in_a_visited_row_raises_and_elsewhere_does_not(backend):
             verify_greedy(token_tree(parent), tokens, bad)
 
 
-def test_one_and_two_threads_agree(num_threads):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_nan_is_named(backend, dtype):
+    for first in (0, 700, 5002):
+        logits = torch.randn(1, 5003).to(dtype)
+        logits[0, 3] = math.inf
+        logits[0, torch.tensor([first, 5002])] = -math.nan  # as a number, less than everything
+        logits[0, torch.tensor([min(first + 1, 5002), 4000 if first < 4000 else 5002])] = math.nan
+        with pytest.raises(ValueError, match=f"got NaN at node 0, token {first}$"):
+            verify_greedy(Tree([-1], [1]), torch.tensor([0]), logits)
+
+
+def test_one_and_two_threads_agree(backend, num_threads):
     parent = [-1] * 50 + list(range(200))
     tokens = torch.randint(0, 3, (250,))
     logits, uniform_logits = torch.randn(250, 3), torch.randn(250, 3)
@@ -228,7 +236,7 @@ def test_one_and_two_threads_agree(num_threads):
 # ---- shapes, errors, tracing
 
 
-def test_given_shape():
+def test_given_shape(backend):
     parent, tokens = [-1, 0, -1], torch.tensor([0, 5, 0])
     tree, logits = token_tree(parent), logits_for([5, 2, 3])
     assert token_tree_shape(tree) == (2, 1)
@@ -289,9 +297,10 @@ def test_bad_arguments(draft, logits, message):
             verify(tree, draft, logits)
 
 
-@pytest.mark.skipif("avx2" not in BODIES, reason="needs a body without float64")
-def test_float64_needs_the_scalar_body():
-    with testing.backend("avx2"), pytest.raises(ValueError, match="float64 runs on the scalar backend only"):
+def test_float64_needs_the_scalar_body(backend):
+    if backend == "scalar":
+        pytest.skip("has float64")
+    with pytest.raises(ValueError, match="float64 runs on the scalar backend only"):
         verify_greedy(token_tree([-1]), torch.tensor([0]), torch.zeros(1, 5, dtype=torch.float64))
 
 

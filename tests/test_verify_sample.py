@@ -17,17 +17,15 @@ from token_trees import DTYPES, assert_same, token_tree, token_trees
 from torch import Tensor
 
 
-@pytest.mark.parametrize("body", BODIES)
 @hypothesis.given(drawn=token_trees(), seed=st.integers(0, 2**31), dtype=st.sampled_from(DTYPES))
-def test_sample_equals_the_reference(body, drawn, seed, dtype):
+def test_sample_equals_the_reference(backend, drawn, seed, dtype):
     parent, tokens, vocab = drawn
     generator = torch.Generator().manual_seed(seed)
     probs = torch.softmax(torch.randn(len(parent), vocab, generator=generator), dim=-1).to(dtype)
     draft = torch.tensor(tokens)
     num_roots, depth = token_tree_shape(token_tree(parent))
     state = generator.get_state()
-    with testing.backend(body):
-        got = verify_sample(token_tree(parent), draft, probs, generator=generator)
+    got = verify_sample(token_tree(parent), draft, probs, generator=generator)
     generator.set_state(state)
     uniforms = torch.rand(num_roots, depth + 1, dtype=torch.float64, generator=generator)
     assert_same(got, reference.verify_sample(parent, draft, probs, uniforms))
@@ -57,6 +55,42 @@ def sample_bonus(probs: Tensor, uniform: float) -> int:
         0,
     )
     return int(torch.ops.palmette.verify_sample(*args)[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [37, 1500, 5003])
+def test_bounds_between_tokens_are_the_same_to_the_bit(backend, dtype, vocab):
+    """Sums in another order would move some of them."""
+    probs = torch.rand(vocab)
+    probs[torch.rand(vocab) < 0.3] = 0.0
+    probs[500:520] = probs[1010:1030] = probs[-30:] = 0.0
+    probs = (probs / probs.sum()).to(dtype)
+    possible = probs.nonzero().flatten()
+    ends = [possible[possible < end][-1] for end in range(512, vocab, 512)]
+    tokens = torch.cat(
+        [torch.tensor(ends, dtype=torch.int64), possible[torch.randperm(len(possible) - 1)[:60]]]
+    )
+    tokens = tokens[tokens < possible[-1]]
+    roots = len(tokens)
+    tree, draft = Tree([-1] * roots, [1] * roots), torch.zeros(roots, dtype=torch.int64)
+
+    def draw(uniforms: Tensor) -> Tensor:
+        rows = probs.expand(roots, vocab)
+        op = torch.ops.palmette.verify_sample
+        return op(tree.nodes, tree.counts, draft, rows, uniforms[:, None], roots, 0)[2]
+
+    below, above = torch.zeros(roots).double(), torch.full((roots,), 1 - 2.0**-53).double()
+    with testing.backend("scalar"):
+        for _ in range(64):  # the greatest number that draws the token or one before it
+            middle = (below + above) / 2
+            before = draw(middle) <= tokens
+            below, above = torch.where(before, middle, below), torch.where(before, above, middle)
+        want = draw(below), draw(above)
+    assert torch.equal(want[0], tokens)
+    assert (want[1] > tokens).all()
+    assert torch.equal(above, torch.nextafter(below, above))
+    assert torch.equal(draw(below), want[0])
+    assert torch.equal(draw(above), want[1])
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 512, 513, 1024, 1500])
@@ -178,6 +212,23 @@ def test_nan_negative_and_unnormalized_rows_raise_where_visited(backend):
             verify_sample(tree, draft, bad)
     with pytest.raises(ValueError, match=r"^target_probs must be rows that sum to 1, got 0 at node 0$"):
         verify_sample(tree, draft, torch.zeros(3, 600))
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({700: math.nan, 701: -1.0, 4000: -2.0}, "free of NaN, got NaN at node 0, token 700"),
+        ({701: -1.0, 702: math.nan, 4000: math.nan}, "non-negative, got -1 at node 0, token 701"),
+        ({5002: -0.5, 5001: -0.25}, "non-negative, got -0.25 at node 0, token 5001"),
+        ({0: math.inf, 5002: math.nan}, "free of NaN, got NaN at node 0, token 5002"),
+    ],
+)
+def test_the_first_bad_probability_is_named(backend, places, message):
+    probs = torch.full((1, 5003), 1 / 5003)
+    for place, value in places.items():
+        probs[0, place] = value
+    with pytest.raises(ValueError, match=f"^target_probs must be {message}$"):
+        verify_sample(Tree([-1], [1]), torch.tensor([0]), probs)
 
 
 def test_sixteen_bits_may_be_off_by_more(backend):

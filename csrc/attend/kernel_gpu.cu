@@ -13,7 +13,7 @@
 //   O, m, l of the warps --shared memory--> merged, and written: out, lse, or a partial state
 //
 // With more than 32 rows every warp takes 16 of them and all keys of a tile; with fewer, two or four warps
-// share the rows and divide the keys (kRowWarps), and their states are merged at the end.
+// share the rows and divide the keys, and their states are merged at the end.
 //
 // A weight of exactly 0 contributes nothing, even times inf or NaN. The products cannot say that, so a row whose
 // result is not finite is computed once more, key by key (careful_row). Finite results pay for a comparison.
@@ -83,33 +83,39 @@ __device__ __forceinline__ float careful_value(const Problem<E>& a, const PlanTa
   return total;
 }
 
-// The rows of a task from `first` on, at most 16 * kRowWarps of them.
-template <class Math, int kColumns, int kRowWarps>
+// Keys that a warp meets at a time, which the columns of O must leave registers for. Rows of four warps have few
+// keys each.
+template <class E, int kColumns>
+constexpr int kWideStep = kColumns > 128 || sizeof(E) == 4 ? 16 : 32;
+template <class E>
+constexpr int kThinStep = kTileKeys<E> / kWarps;
+
+// The rows of a task from `first` on, at most 16 * row_warps of them.
+template <class Math, int kColumns, int kStep>
 struct Rows {
   using E = typename Math::Element;
-  static constexpr int kKeys = kTileKeys<E>;
-  static constexpr int kKeyWarps = kWarps / kRowWarps, kWarpKeys = kKeys / kKeyWarps;
-  // Keys at a time: what the columns of O leave room for in registers.
-  static constexpr int kStep = kColumns > 128 && kWarpKeys > 16 ? 16 : kWarpKeys;
-  static constexpr int kN = kStep / 8, kTiles = kColumns / 8;
+  static constexpr int kKeys = kTileKeys<E>, kN = kStep / 8, kTiles = kColumns / 8;
 
   const Problem<E>& a;
   const AttendParams& p;
   const PlanTask& task;
   const int kv_head, first, count;
+  const int row_warps, key_warps;  // how the warps are divided: by rows, by keys
   const RowOf at;
   Shared<E>& shared;
   QueryRow row[2];  // of this thread
   float o[kTiles][4], m[2], l[2];
 
-  __device__ __forceinline__ Rows(const Problem<E>& problem, const PlanTask& t, int head, int first_row,
-                                  int rows)
+  __device__ __forceinline__ Rows(const Problem<E>& problem, const PlanTask& t, int head, int first_row, int rows,
+                                  int warps)
       : a(problem),
         p(problem.p),
         task(t),
         kv_head(head),
         first(first_row),
         count(rows),
+        row_warps(warps),
+        key_warps(kWarps / warps),
         at{t.query_begin, problem.p.num_q_heads / problem.p.num_kv_heads},
         shared(gpu::shared<Shared<E>>()) {
 #pragma unroll
@@ -119,8 +125,8 @@ struct Rows {
     }
   }
 
-  __device__ __forceinline__ static int row_warp() { return warp() % kRowWarps; }
-  __device__ __forceinline__ static int key_warp() { return warp() / kRowWarps; }
+  __device__ __forceinline__ int row_warp() const { return warp() % row_warps; }
+  __device__ __forceinline__ int key_warp() const { return warp() / row_warps; }
 
   __device__ __forceinline__ void run() {
 #pragma unroll
@@ -128,7 +134,7 @@ struct Rows {
     m[0] = m[1] = kEmptyMax;
     l[0] = l[1] = 0;
     const Matrix<E> queries = a.queries(shared.tiles);
-    copy_query_rows(queries, 16 * kRowWarps, a.q, p.plan, at, first, count, kv_head);
+    copy_query_rows(queries, 16 * row_warps, a.q, p.plan, at, first, count, kv_head);
     ptx::commit_copies();
     const KeyCursor<kKeys> cursor(p.plan, task.item_begin, task.item_end, at.query(first),
                                   at.query(first + count - 1) + 1, a.logits.window);
@@ -147,8 +153,8 @@ struct Rows {
     const bool everything = all(row[0].sees_all(span, window, kKeys) && row[1].sees_all(span, window, kKeys));
 
 #pragma unroll 1
-    for (int step = 0; step < kWarpKeys; step += kStep)
-      meet_keys(queries, span, keys, k, v, key_warp() * kWarpKeys + step, everything);
+    for (int step = 0; step < kKeys / key_warps; step += kStep)
+      meet_keys(queries, span, keys, k, v, key_warp() * (kKeys / key_warps) + step, everything);
   }
 
   __device__ __forceinline__ void meet_keys(const Matrix<E>& queries, const TileSpan& span, const Key* keys,
@@ -194,6 +200,7 @@ struct Rows {
         }
       }
       l[i] = l[i] * c + sum;  // of this thread's columns
+      if (!any(c != 1.0f)) continue;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         o[n][2 * i] *= c;
@@ -228,12 +235,16 @@ struct Rows {
   }
 
   __device__ __forceinline__ void write_row(const float* states, int r) {
-    float top = kEmptyMax, sum = 0, weight[kKeyWarps];
+    float top = kEmptyMax, sum = 0, weight[kWarps];
 #pragma unroll
-    for (int i = 0; i < kKeyWarps; ++i) top = fmaxf(top, shared.max[r / 16 + kRowWarps * i][r % 16]);
+    for (int i = 0; i < kWarps; ++i) {
+      if (i < key_warps) top = fmaxf(top, shared.max[r / 16 + row_warps * i][r % 16]);
+    }
 #pragma unroll
-    for (int i = 0; i < kKeyWarps; ++i) {
-      const int w = r / 16 + kRowWarps * i;
+    for (int i = 0; i < kWarps; ++i) {
+      weight[i] = 0;
+      if (i >= key_warps) continue;
+      const int w = r / 16 + row_warps * i;
       weight[i] = ptx::ex2(shared.max[w][r % 16] - top);
       sum += shared.sum[w][r % 16] * weight[i];
     }
@@ -258,8 +269,10 @@ struct Rows {
     for (int x = lane(); x < p.v_head_dim; x += kLanes) {
       float value = 0;
 #pragma unroll
-      for (int i = 0; i < kKeyWarps; ++i)
-        value += states[((r / 16 + kRowWarps * i) * 16 + r % 16) * a.o_stride + x] * weight[i];
+      for (int i = 0; i < kWarps; ++i) {
+        if (i < key_warps)
+          value += states[((r / 16 + row_warps * i) * 16 + r % 16) * a.o_stride + x] * weight[i];
+      }
       bad |= !is_finite(value);
       if (direct) {
         out[x] = narrow<E>(value * done.factor);
@@ -290,17 +303,13 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 && sizeof(typename Ma
   const PlanTask task = p.plan.task[index];
   if (task.kv_head >= 0 && task.kv_head != kv_head) return;
   const int rows = (task.query_end - task.query_begin) * (p.num_q_heads / p.num_kv_heads);
-  auto run = [&]<int kRowWarps>(int first) {
-    Rows<Math, kColumns, kRowWarps> part(a, task, kv_head, first, min(16 * kRowWarps, rows - first));
-    part.run();
-  };
+  using E = typename Math::Element;
   for (int first = 0; first < rows; first += kMaxRows) {
-    if (rows - first > 32) {
-      run.template operator()<4>(first);
-    } else if (rows - first > 16) {
-      run.template operator()<2>(first);
+    const int count = min(kMaxRows, rows - first);
+    if (count > 16) {
+      Rows<Math, kColumns, kWideStep<E, kColumns>>(a, task, kv_head, first, count, count > 32 ? 4 : 2).run();
     } else {
-      run.template operator()<1>(first);
+      Rows<Math, kColumns, kThinStep<E>>(a, task, kv_head, first, count, 1).run();
     }
   }
 }

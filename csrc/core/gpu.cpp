@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 #include <cstring>
@@ -22,9 +23,7 @@ std::vector<const gpu::Library*> libraries;  // under the mutex; never closed
 std::atomic<const gpu::Library*> emulator{nullptr};
 std::atomic<const gpu::Library*> cuda{nullptr};
 
-bool is_emulator(const gpu::Library& library) {
-  return std::strncmp(library.backend, "emulated", 8) == 0;
-}
+bool is_emulator(const gpu::Library& library) { return std::strncmp(library.backend, "emulated", 8) == 0; }
 
 // Names of a backend's kernels, for tests and `python -m palmette env`.
 std::string gpu_kernels(const std::string& backend) {
@@ -35,6 +34,12 @@ std::string gpu_kernels(const std::string& backend) {
     names += library->kernels[i].name;
   }
   return names;
+}
+
+// Why a backend cannot run here; empty if it can.
+std::string gpu_status(const std::string& backend) {
+  const gpu::Library* library = gpu_library(backend);
+  return library == nullptr ? "not built" : library->device_status();
 }
 
 }  // namespace
@@ -70,6 +75,17 @@ std::vector<std::string> emulators() {
     if (is_emulator(*library)) names.emplace_back(library->backend);
   }
   return names;
+}
+
+Tensor host_table(int64_t size, const Tensor& like) {
+  using torch::stable::Device, torch::stable::DeviceType;
+  const bool pinned = !like.is_cpu();
+  return torch::stable::empty({size}, ScalarType::Long, std::nullopt, Device(DeviceType::CPU), pinned);
+}
+
+Tensor to_device_of(const Tensor& like, const Tensor& table) {
+  if (like.is_cpu()) return table;
+  return torch::stable::to(table, like.device(), /*non_blocking=*/true);
 }
 
 GpuLaunch::GpuLaunch(const Tensor& like) {
@@ -116,4 +132,5 @@ void GpuLaunch::launch(const char* kernel, const void* params, size_t params_byt
 STABLE_TORCH_LIBRARY_IMPL(palmette, CompositeExplicitAutograd, m) {
   m.impl("_load_gpu_library", TORCH_BOX(&palmette::load_gpu_library));
   m.impl("_gpu_kernels", TORCH_BOX(&palmette::gpu_kernels));
+  m.impl("_gpu_status", TORCH_BOX(&palmette::gpu_status));
 }

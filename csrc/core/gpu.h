@@ -30,6 +30,12 @@ void use_emulator(const gpu::Library* library);
 // Names of the emulators that have been opened.
 std::vector<std::string> emulators();
 
+// Small arrays that the host makes for kernels: int64 [size] on the CPU. Where kernels run on another device
+// (`like`'s), its memory is pinned, so that to_device_of() waits for nothing. One table for all arrays of a
+// call: every copy has its price.
+torch::stable::Tensor host_table(int64_t size, const torch::stable::Tensor& like);
+torch::stable::Tensor to_device_of(const torch::stable::Tensor& like, const torch::stable::Tensor& table);
+
 class GpuLaunch {
  public:
   // For the device of `like`. False when the CPU's bodies are to run. Throws when `like` is a CUDA tensor and

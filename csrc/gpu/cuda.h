@@ -56,6 +56,12 @@ __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_syn
 // ---- launches
 inline void prepare(const LaunchContext&) {}
 
+inline const char* device_status() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  return status != cudaSuccess ? cudaGetErrorString(status) : count == 0 ? "there is no device" : "";
+}
+
 inline bool has_tensor_cores() { return true; }
 
 // The most shared memory that a block of this device may have.

@@ -33,6 +33,7 @@ struct Library {
   const char* backend;  // "cuda", "hip", "emulated", "emulated_check"
   const Kernel* kernels;
   size_t num_kernels;
+  const char* (*device_status)();  // why nothing can run here; empty if it can
 };
 
 // What every such library exports, under this name.

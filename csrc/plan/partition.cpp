@@ -32,12 +32,12 @@ struct Range {
 class Partitioner {
  public:
   Partitioner(const Draft& draft, const CostModel& model, const Heads& heads, Plan& plan)
-      : draft_(draft), items_(draft.item), model_(model), heads_(heads), plan_(plan) {}
+      : draft_(draft), items_(draft.item), model_(model), target_(model.target()), heads_(heads), plan_(plan) {}
 
   void run() {
     total_cost_ = 0;
     for (const DraftItem& item : items_) total_cost_ += item.cost;
-    unit_cost_ = std::max(kMinUnitCost, total_cost_ * kv_heads() / kUnits);
+    unit_cost_ = std::max(target_.min_unit_cost, total_cost_ * kv_heads() / target_.units);
     const double num_queries = static_cast<double>(draft_.pos.size());
     const double row_bytes = static_cast<double>(heads_.num_q_heads * (heads_.head_dim + 1) * 4);
     partial_limit_ = 2 * num_queries + std::floor(kFreePartialBytes / row_bytes);
@@ -49,13 +49,13 @@ class Partitioner {
  private:
   double kv_heads() const { return static_cast<double>(heads_.num_kv_heads); }
   int64_t rows(int64_t queries) const { return queries * model_.group(); }
-  bool is_thin(const DraftItem& item) const { return rows(item.query_end - item.query_begin) <= kThinRows; }
+  bool is_thin(const DraftItem& item) const { return rows(item.query_end - item.query_begin) <= target_.thin_rows; }
 
   // Items sorted by their first query: a block ends where no earlier item reaches the next item's queries.
   // Neighbouring blocks join while they are too small to be worth a task each.
   void find_blocks() {
     blocks_.clear();
-    const int64_t limit = max_task_queries(heads_);
+    const int64_t limit = max_task_queries(target_, heads_);
     const int32_t count = static_cast<int32_t>(items_.size());
     for (int32_t i = 0; i < count;) {
       Block b{i, i, items_[i].query_begin, items_[i].query_end, 0, 0, 0};
@@ -72,7 +72,7 @@ class Partitioner {
         const int64_t queries = b.query_end - last.query_begin;
         const double cost = (last.cost + b.cost) * kv_heads();
         if (queries <= limit &&
-            (cost <= kMinUnitCost || (cost <= unit_cost_ && rows(queries) <= kThinRows))) {
+            (cost <= target_.min_unit_cost || (cost <= unit_cost_ && rows(queries) <= target_.thin_rows))) {
           last.item_end = b.item_end;
           last.query_end = b.query_end;
           last.keys += b.keys;
@@ -99,12 +99,12 @@ class Partitioner {
       for (; k < parts && static_cast<double>(k) * share < before + item.cost; ++k) {
         const double into = static_cast<double>(k) * share - before, left = item.cost - into;
         Cut cut = into < left ? Cut{i, 0} : Cut{i + 1, 0};
-        if (std::min(into, left) > share / 8 && item.keys >= 2 * kKeyStep) {
+        if (std::min(into, left) > share / 8 && item.keys >= 2 * target_.key_step) {
           const int32_t queries = item.query_end - item.query_begin;
           const double keys = (into - model_.fixed(queries)) / model_.per_key(queries);
-          const int32_t last = item.keys / kKeyStep - 1;
-          const int32_t step = std::clamp(static_cast<int32_t>(std::lround(keys / kKeyStep)), 1, last);
-          cut = Cut{i, step * kKeyStep};
+          const int32_t last = item.keys / target_.key_step - 1;
+          const int32_t step = std::clamp(static_cast<int32_t>(std::lround(keys / target_.key_step)), 1, last);
+          cut = Cut{i, step * target_.key_step};
         }
         const Cut& previous = cuts_.back();
         if (cut.item > previous.item || (cut.item == previous.item && cut.key > previous.key))
@@ -171,9 +171,10 @@ class Partitioner {
 
   int64_t wanted_parts(const Block& b) const {
     const bool thin = 2 * b.thin_cost > b.cost;
-    const double parts = std::ceil(b.cost * (thin ? kv_heads() : 1.0) / unit_cost_ - 0.05);
+    const double units = thin && target_.heads_together ? kv_heads() : 1.0;
+    const double parts = std::ceil(b.cost * units / unit_cost_ - 0.05);
     return std::max<int64_t>(
-        1, thin ? std::min(static_cast<int64_t>(parts), b.keys / kMinThinKeys) : static_cast<int64_t>(parts));
+        1, thin ? std::min(static_cast<int64_t>(parts), b.keys / target_.min_thin_keys) : static_cast<int64_t>(parts));
   }
 
   // Items of many rows and items of few run differently: the kernel takes the latter several KV heads at a
@@ -181,7 +182,7 @@ class Partitioner {
   // makes the states of their queries partial.
   bool worth_separating(const Block& b, double allowed) const {
     const double thick_cost = b.cost - b.thin_cost;
-    if (std::min(thick_cost, b.thin_cost) * kv_heads() < 2 * kMinUnitCost) return false;
+    if (std::min(thick_cost, b.thin_cost) * kv_heads() < 2 * target_.min_unit_cost) return false;
     if (b.thin_cost < kWorthSeparating * b.cost) return false;
     return 2.0 * (b.query_end - b.query_begin) <= allowed;
   }
@@ -289,6 +290,7 @@ class Partitioner {
   const Draft& draft_;
   std::vector<DraftItem> items_;  // the draft's, in the order of the plan
   const CostModel& model_;
+  const Target& target_;
   const Heads& heads_;
   Plan& plan_;
   double total_cost_ = 0, unit_cost_ = 0, partial_limit_ = 0, partial_earned_ = 0;
@@ -323,8 +325,14 @@ void Draft::close_item(size_t first, int32_t query_begin, int32_t query_end, con
                   static_cast<int32_t>(keys), model.item(query_end - query_begin, keys)});
 }
 
-int64_t max_task_queries(const Heads& heads) {
-  return std::max<int64_t>(1, kMaxTaskRows / (heads.num_q_heads / heads.num_kv_heads));
+const Target& target_of(const std::string& name) {
+  if (name == kCpuTarget.name) return kCpuTarget;
+  check(name == kGpuTarget.name, "target must be cpu or gpu, got ", name);
+  return kGpuTarget;
+}
+
+int64_t max_task_queries(const Target& target, const Heads& heads) {
+  return std::max<int64_t>(1, target.max_task_rows / (heads.num_q_heads / heads.num_kv_heads));
 }
 
 void partition(const Draft& draft, const CostModel& model, const Heads& heads, Plan& plan) {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "attend/params.h"
@@ -52,12 +53,15 @@ struct Plan {
   int64_t keys_read;  // keys summed over items
 };
 
+// "cpu" or "gpu".
+const Target& target_of(const std::string& name);
+
 struct Heads {
   int64_t num_q_heads, num_kv_heads, head_dim;
 };
 
 // Queries that fit a task.
-int64_t max_task_queries(const Heads& heads);
+int64_t max_task_queries(const Target& target, const Heads& heads);
 
 void partition(const Draft& draft, const CostModel& model, const Heads& heads, Plan& plan);
 

@@ -14,8 +14,8 @@ void TreePlanner::run(const TreeState& tree, const TreePlanRequest& request) {
   draft_.clear();
   place_queries(tree, request);
   count_io();
-  const int32_t max_queries = static_cast<int32_t>(max_task_queries(request.heads));
-  const CostModel model(request.heads.num_q_heads / request.heads.num_kv_heads, request.heads.head_dim,
+  const int32_t max_queries = static_cast<int32_t>(max_task_queries(request.target, request.heads));
+  const CostModel model(request.target, request.heads.num_q_heads / request.heads.num_kv_heads, request.heads.head_dim,
                         max_queries);
   const int32_t block_len = static_cast<int32_t>(std::min<int64_t>(request.block_len, INT_MAX));
   cut_tiles(max_queries);
@@ -25,7 +25,7 @@ void TreePlanner::run(const TreeState& tree, const TreePlanRequest& request) {
       emit_sequences(begin, end, model);
       continue;
     }
-    collect_pieces(begin, end, request.split == Split::automatic);
+    collect_pieces(begin, end, request.split == Split::automatic ? request.target.key_step : 0);
     if (request.split == Split::node) {
       emit_nodes(model);
     } else if (request.split == Split::node_chunk) {
@@ -157,39 +157,39 @@ int32_t TreePlanner::first_query_at(int32_t pos, int32_t begin, int32_t end) con
 
 // The nodes that queries [begin, end) see: the path of the first one, then what lies between it and the last
 // one in depth-first order, leaving out subtrees without queries.
-void TreePlanner::collect_pieces(int32_t begin, int32_t end, bool by_visibility) {
+void TreePlanner::collect_pieces(int32_t begin, int32_t end, int32_t key_step) {
   pieces_.clear();
   path_.clear();
   for (int32_t r = rank_[begin]; r >= 0; r = layout_.parent[r]) path_.push_back(r);
   for (auto r = path_.rbegin(); r != path_.rend(); ++r) {
     // Deep paths are long: look for the last query only below the node that they part at.
     const bool all = draft_.pos[end - 1] < layout_.end[*r];
-    add_node(*r, begin, all ? end : first_query_at(layout_.end[*r], begin, end), by_visibility);
+    add_node(*r, begin, all ? end : first_query_at(layout_.end[*r], begin, end), key_step);
   }
   int32_t j = begin;
   for (int32_t r = rank_[begin] + 1; r <= rank_[end - 1];) {
     j = first_query_at(layout_.start[r], j, end);
     const int32_t last = first_query_at(layout_.end[r], j, end);
-    if (j < last) add_node(r, j, last, by_visibility);
+    if (j < last) add_node(r, j, last, key_step);
     r = j < last ? r + 1 : layout_.next[r];
   }
 }
 
-// Queries inside a node see a part of it only. by_visibility cuts the node between tiles of the kernel where
+// Queries inside a node see a part of it only. With key_step the node is cut between tiles of the kernel where
 // queries drop out.
-void TreePlanner::add_node(int32_t rank, int32_t query_begin, int32_t query_end, bool by_visibility) {
+void TreePlanner::add_node(int32_t rank, int32_t query_begin, int32_t query_end, int32_t key_step) {
   const int32_t start = layout_.start[rank];
   const int32_t seen = std::min(layout_.length[rank], draft_.pos[query_end - 1] - start + 1);
   int32_t from = 0;
-  while (by_visibility && from < seen) {
+  while (key_step > 0 && from < seen) {
     const int32_t first = draft_.pos[query_begin] - start;  // the last key that all of them see
-    const int64_t to = (int64_t{first} / kKeyStep + 1) * kKeyStep;
+    const int64_t to = (int64_t{first} / key_step + 1) * key_step;
     if (to >= seen) break;
     add_piece(rank, from, static_cast<int32_t>(to), query_begin, query_end, true);
     from = static_cast<int32_t>(to);
     query_begin = first_query_at(start + from, query_begin, query_end);
   }
-  add_piece(rank, from, seen, query_begin, query_end, by_visibility);
+  add_piece(rank, from, seen, query_begin, query_end, key_step > 0);
 }
 
 void TreePlanner::add_piece(int32_t r, int32_t from, int32_t to, int32_t query_begin, int32_t query_end,
@@ -304,7 +304,7 @@ void TreePlanner::emit_sequences(int32_t begin, int32_t end, const CostModel& mo
     path_.clear();
     for (int32_t r = rank_[j]; r >= 0; r = layout_.parent[r]) path_.push_back(r);
     pieces_.clear();
-    for (auto r = path_.rbegin(); r != path_.rend(); ++r) add_node(*r, j, j + 1, false);
+    for (auto r = path_.rbegin(); r != path_.rend(); ++r) add_node(*r, j, j + 1, 0);
     const size_t first = draft_.segment.size();
     for (const Piece& p : pieces_) draft_.add_keys(first, p.keys);
     draft_.close_item(first, j, j + 1, model);

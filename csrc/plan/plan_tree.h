@@ -31,6 +31,7 @@ struct TreePlanRequest {
   Heads heads;
   Split split;
   int64_t block_len;
+  const Target& target;
 };
 
 struct TreeIo {
@@ -60,8 +61,9 @@ class TreePlanner {
   void sort_queries();
   void count_io();
   void cut_tiles(int32_t max_queries);
-  void collect_pieces(int32_t begin, int32_t end, bool by_visibility);
-  void add_node(int32_t rank, int32_t query_begin, int32_t query_end, bool by_visibility);
+  // key_step: cut nodes where queries drop out, at multiples of it; 0: keep them whole
+  void collect_pieces(int32_t begin, int32_t end, int32_t key_step);
+  void add_node(int32_t rank, int32_t query_begin, int32_t query_end, int32_t key_step);
   void add_piece(int32_t rank, int32_t from, int32_t to, int32_t query_begin, int32_t query_end, bool join);
   int32_t first_query_at(int32_t pos, int32_t begin, int32_t end) const;
   double group_pieces(const CostModel& model);

@@ -45,7 +45,7 @@ void copy_rows(const std::vector<Row>& from, int32_t* to) {
 Tensor plan_tree(const Tensor& nodes, const Tensor& tree_counts, const std::string& queries,
                  const std::optional<Tensor>& query_node, const std::optional<Tensor>& query_offset,
                  int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, const std::string& split,
-                 int64_t block_len, const Tensor& counts, const Tensor& query, const Tensor& segment,
+                 int64_t block_len, const std::string& target, const Tensor& counts, const Tensor& query, const Tensor& segment,
                  const Tensor& item, const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row,
                  const Tensor& io) {
   const TreeState tree = tree_state(nodes, tree_counts);
@@ -72,7 +72,8 @@ Tensor plan_tree(const Tensor& nodes, const Tensor& tree_counts, const std::stri
                           int_array(query_offset, "the offsets of queries"),
                           {num_q_heads, num_kv_heads, head_dim},
                           split_of(split),
-                          block_len};
+                          block_len,
+                          target_of(target)};
   thread_local TreePlanner planner;
   planner.run(tree, request);
   const Plan& plan = planner.plan();

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <climits>
 #include <numeric>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -30,17 +31,18 @@ struct VarlenRequest {
   IntArray q_indptr, kv_indptr;
   bool causal;
   Heads heads;
+  const Target& target;
 };
 
 class VarlenPlanner {
  public:
   void run(const VarlenRequest& request) {
     draft_.clear();
-    const CostModel model(request.heads.num_q_heads / request.heads.num_kv_heads, request.heads.head_dim,
-                          max_task_queries(request.heads));
+    const CostModel model(request.target, request.heads.num_q_heads / request.heads.num_kv_heads, request.heads.head_dim,
+                          max_task_queries(request.target, request.heads));
     for (int64_t b = 0; b + 1 < request.q_indptr.size; ++b) add_sequence(request, b, model);
     partition(draft_, model, request.heads, plan_);
-    add_idle_tasks(static_cast<int32_t>(max_task_queries(request.heads)));
+    add_idle_tasks(static_cast<int32_t>(max_task_queries(request.target, request.heads)));
   }
 
   const Draft& draft() const { return draft_; }
@@ -73,7 +75,7 @@ class VarlenPlanner {
       draft_.depth.push_back(s.causal ? std::max(0, s.num_keys - s.num_queries + i) : 0);
     }
     // Tiles of equal size: every tile of a full level reads all keys.
-    const int64_t limit = max_task_queries(r.heads), tiles = (s.num_queries + limit - 1) / limit;
+    const int64_t limit = max_task_queries(r.target, r.heads), tiles = (s.num_queries + limit - 1) / limit;
     for (int64_t t = 0; t < tiles; ++t) {
       const auto begin = static_cast<int32_t>(s.query + t * s.num_queries / tiles),
                  end = static_cast<int32_t>(s.query + (t + 1) * s.num_queries / tiles);
@@ -87,16 +89,17 @@ class VarlenPlanner {
     const int32_t keys = s.seen(end - 1);
     begin = keys > 0 ? std::max(begin, s.first_query(0)) : end;
     if (begin >= end) return;
-    const int32_t shared = (s.seen(begin) + kKeyStep - 1) / kKeyStep * kKeyStep;
+    const int32_t step = model.target().key_step;
+    const int32_t shared = (s.seen(begin) + step - 1) / step * step;
     if (shared < keys) {
       double cost = model.item(end - begin, shared);
-      for (int32_t k = shared; k < keys; k += kKeyStep) {
-        cost += model.item(end - s.first_query(k), std::min(kKeyStep, keys - k));
+      for (int32_t k = shared; k < keys; k += step) {
+        cost += model.item(end - s.first_query(k), std::min(step, keys - k));
       }
       if (cost < model.item(end - begin, keys)) {
         add_item(s, 0, shared, begin, end, model);
-        for (int32_t k = shared; k < keys; k += kKeyStep) {
-          add_item(s, k, std::min(k + kKeyStep, keys), s.first_query(k), end, model);
+        for (int32_t k = shared; k < keys; k += step) {
+          add_item(s, k, std::min(k + step, keys), s.first_query(k), end, model);
         }
         return;
       }
@@ -173,7 +176,7 @@ using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, T
 // The capacities come from the caller, so that the sizes of the tables follow from shapes alone.
 PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool causal, int64_t num_queries,
                         int64_t num_keys, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
-                        int64_t item_capacity, int64_t partial_capacity) {
+                        const std::string& target, int64_t item_capacity, int64_t partial_capacity) {
   check(num_kv_heads > 0, "num_kv_heads must be at least 1, got ", num_kv_heads);
   check(num_q_heads > 0 && num_q_heads % num_kv_heads == 0,
         "num_q_heads must be a multiple of num_kv_heads (", num_kv_heads, "), got ", num_q_heads);
@@ -181,7 +184,8 @@ PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool ca
   VarlenRequest request{check_indptr(q_indptr, "q_indptr", num_queries, "rows of q"),
                         check_indptr(kv_indptr, "kv_indptr", num_keys, "rows of k"),
                         causal,
-                        {num_q_heads, num_kv_heads, head_dim}};
+                        {num_q_heads, num_kv_heads, head_dim},
+                        target_of(target)};
   check(request.q_indptr.size == request.kv_indptr.size, "kv_indptr must be [", request.q_indptr.size,
         "] like q_indptr, got [", request.kv_indptr.size, "]");
 

@@ -76,20 +76,19 @@ struct Pick {
 
   // p[0] + .. + p[count - 1]; `bad` when one of them is negative or NaN.
   static double chunk_sum(const E* p, int64_t count, bool& bad) {
-    constexpr int kChains = 8;  // fixed, so that every body adds in the same order
-    using W = Simd<A, kChains>;
-    double sum[kChains] = {};
+    using W = Simd<A, kSumChains>;
+    double sum[kSumChains] = {};
     typename W::I good = W::splat_int(-1);
     int64_t i = 0;
-    for (; i + kChains <= count; i += kChains) {
+    for (; i + kSumChains <= count; i += kSumChains) {
       const typename W::V x = W::load(p + i);
       good &= x >= W::zero();
 #pragma GCC unroll 8
-      for (int c = 0; c < kChains; ++c) sum[c] += static_cast<double>(x[c]);
+      for (int c = 0; c < kSumChains; ++c) sum[c] += static_cast<double>(x[c]);
     }
     bad = bad || W::any(~good);
     double total = 0;
-    for (int c = 0; c < kChains; ++c) total += sum[c];
+    for (int c = 0; c < kSumChains; ++c) total += sum[c];
     for (; i < count; ++i) {
       const A x = S::to_scalar(p[i]);
       total += static_cast<double>(x);
@@ -100,7 +99,7 @@ struct Pick {
 
   // The token that `uniform` falls on, or -1 where the row is no distribution.
   static int64_t sample(const E* p, int64_t vocab, double uniform, double tolerance, VerifyFault& fault) {
-    constexpr int64_t kChunk = 512;
+    constexpr int64_t kChunk = kSumChunk;
     bool bad = false;
     double total = 0;
     for (int64_t i = 0; i < vocab; i += kChunk) {
@@ -145,6 +144,7 @@ struct Pick {
     int64_t* accepted = p.accepted + r * p.max_depth;
     const double* uniform = p.uniforms == nullptr ? nullptr : p.uniforms + r * (p.max_depth + 1);
     int64_t count = 0;
+    p.fault[r] = {RowFault::none, 0, 0, 0};
     for (int32_t node = p.root[r];;) {
       const E* row = static_cast<const E*>(p.rows) + node * p.row_stride;
       const int64_t token = uniform == nullptr
@@ -159,6 +159,7 @@ struct Pick {
       if (child < 0) {
         p.num_accepted[r] = count;
         p.bonus[r] = token;
+        while (count < p.max_depth) accepted[count++] = -1;
         return;
       }
       accepted[count++] = child;

@@ -22,9 +22,8 @@ struct RowMove {
   int64_t src, dst;
 };
 
-// The moves in an order in which they can run one after the other; src or dst may be kSpareRow. Moves of a
-// row to itself are left out.
-inline std::vector<RowMove> order_moves(const IntArray& src, const IntArray& dst, int64_t num_slots) {
+// Checks the moves; returns them in order of their destinations.
+inline std::vector<int64_t> check_moves(const IntArray& src, const IntArray& dst, int64_t num_slots) {
   if (src.size != dst.size) {
     require(false, "dst_slots", text("[", src.size, "] like src_slots"), "[", dst.size, "]");
   }
@@ -45,7 +44,14 @@ inline std::vector<RowMove> order_moves(const IntArray& src, const IntArray& dst
     const int64_t a = by_dst[i - 1], b = by_dst[i];
     require(dst[a] != dst[b], "dst_slots", "distinct", dst[a], " at ", a, " and ", b);
   }
+  return by_dst;
+}
 
+// The moves in an order in which they can run one after the other; src or dst may be kSpareRow. Moves of a
+// row to itself are left out.
+inline std::vector<RowMove> order_moves(const IntArray& src, const IntArray& dst, int64_t num_slots) {
+  const std::vector<int64_t> by_dst = check_moves(src, dst, num_slots);
+  const int64_t n = src.size;
   // overwrites[i]: the move that writes the row which move i reads, -1 if none.
   std::vector<int64_t> overwrites(static_cast<size_t>(n), -1), readers(static_cast<size_t>(n), 0);
   for (int64_t i = 0; i < n; ++i) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The contract between csrc/verify/op.cpp and the kernel: a token tree, the target's rows, and where the
-// walks go. E is the element type of the rows.
+// The contract between csrc/verify/op.cpp and the kernels: a token tree, the target's rows, and where the
+// walks go; rows of KV caches, and where they go. E is the element type of the target's rows.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,13 @@
 #include "core/isa.h"
 
 namespace palmette {
+
+// A row's probabilities are added in chunks, and a chunk in chains: chain c adds up p[c], p[c + kSumChains],
+// .. Sums of doubles depend on the order, so it is the same on every backend, and all draw the same tokens.
+constexpr int kSumChunk = 512, kSumChains = 8;
+
+// The widest row that GPU kernels take: the running sums of its chunks fit into any GPU's shared memory.
+constexpr int64_t kMaxGpuVocab = int64_t{1} << 21;
 
 // Why a row cannot be used, and where.
 enum class RowFault : int { none, nan, negative, sum };
@@ -34,7 +41,8 @@ struct VerifyParams {
   const double* uniforms;  // [num_roots, max_depth + 1] in [0, 1), or null: greedy
   double tolerance;        // sampling: how far from 1 a row may sum
 
-  int64_t* accepted;      // [num_roots, max_depth], filled with -1
+  // Kernels write all of these. Where there is a fault, the GPU's are -1 and the CPU's unspecified.
+  int64_t* accepted;      // [num_roots, max_depth], -1 behind the path
   int64_t* num_accepted;  // [num_roots]
   int64_t* bonus;         // [num_roots]
   VerifyFault* fault;     // [num_roots]
@@ -42,5 +50,21 @@ struct VerifyParams {
 
 template <Isa isa>
 void verify(const VerifyParams& params);
+
+// Rows of a cache, in bytes. A row is of several pieces: its heads, or one where heads lie side by side.
+struct CacheRows {
+  char* data;
+  int64_t row_stride, piece_stride;  // of the second: 0 where there is one piece
+  int64_t num_pieces, piece_bytes;
+  int64_t bytes() const { return num_pieces * piece_bytes; }
+};
+
+// Rows of two caches go elsewhere; nothing that is read is written.
+struct CopyRowsParams {
+  int64_t num_rows;
+  CacheRows from[2], to[2];   // the same pieces on both sides
+  const int64_t* from_slots;  // [num_rows], or null: row i is the i-th
+  const int64_t* to_slots;
+};
 
 }  // namespace palmette

@@ -35,6 +35,11 @@ def check_shape(name: str, tensor: torch.Tensor, symbols: str, wanted: Sequence[
         raise ValueError(f"{name} must be {symbols} = {list(wanted)}, got {list(tensor.shape)}")
 
 
-def check_device(name: str, tensor: torch.Tensor, wanted: torch.device) -> None:
-    if tensor.device != wanted:
-        raise ValueError(f"{name} must be on {wanted}, got {tensor.device}")
+def check_device(name: str, tensor: torch.Tensor, *wanted: torch.device) -> None:
+    if tensor.device not in wanted:
+        raise ValueError(f"{name} must be on {' or '.join(map(str, wanted))}, got {tensor.device}")
+
+
+def small_array_devices(device: torch.device) -> tuple[torch.device, ...]:
+    """Where the small arrays of a call may be whose large ones are on ``device``."""
+    return (device, torch.device("cpu")) if device.type == "cuda" else (device,)

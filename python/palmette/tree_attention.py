@@ -38,7 +38,7 @@ def tree_attention(
         k: [slots, Hk, D], the KV pool; the tree's slots say where each token's key lies. Strided as it comes,
             contiguous in the last dimension: token-major pools and transposed head-major ones both serve.
         v: [slots, Hk, Dv]; Dv may differ from D.
-        plan: of ``plan_tree_attention``, up to date with its tree.
+        plan: of ``plan_tree_attention``, up to date with its tree, on the device of q.
         scale: factor of the logits. Default: D ** -0.5.
         softcap: bound of the logits, 0 for none. Default: 0.
         window: a query sees the last ``window`` keys of its path, its own included. Default: all of them.
@@ -65,8 +65,12 @@ def tree_attention(
     check_inputs(q, k, v)
     if not isinstance(plan, TreeAttentionPlan):
         raise ValueError(f"plan must be a TreeAttentionPlan, got {type(plan).__name__}")
+    if q.device.type != plan.device.type or plan.device.index not in (None, q.device.index):
+        raise ValueError(f"q must be on the plan's device {plan.device}, got {q.device}")
     if not torch.compiler.is_compiling():
         plan.check_fresh()
+        if plan.device.type != "cpu" and k.shape[0] < plan.num_slots:
+            raise ValueError(f"k must have at least {plan.num_slots} slots, those of the tree, got {k.shape[0]}")
         if q.shape[0] != plan.num_queries:
             raise ValueError(
                 f"q must be [{plan.num_queries}, Hq, D], one row per query of the plan, got {list(q.shape)}"

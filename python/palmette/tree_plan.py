@@ -16,11 +16,16 @@ from palmette.tree import Tree, _integers
 
 _ops = torch.ops.palmette
 
+TARGETS = ("cpu", "gpu")
 SPLITS = ("auto", "flatten", "node", "node_chunk", "sequence")
 DEFAULT_BLOCK_LEN = 192
 
 # Entries of TreeAttentionPlan.counts; csrc/plan/partition.h describes all of them.
 NUM_QUERIES, NUM_SEGMENTS, NUM_ITEMS, NUM_TASKS, NUM_PARTIALS, TREE_VERSION = 0, 1, 2, 3, 4, 6
+NUM_SLOTS = 8  # one past the largest slot
+
+# In the order in which operators take them.
+_TABLES = ("slots", "query", "segment", "item", "task", "merge_ptr", "merge_row", "counts")
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,18 @@ class TreeAttentionIO:
 
 
 class TreeAttentionPlan:
-    """What ``plan_tree_attention`` returns: int32 tensors on the CPU with room to grow.
+    """What ``plan_tree_attention`` returns: int32 tensors with room to grow.
+
+    Planning happens on the CPU, in the attributes below. A plan for another device has a copy there, which
+    ``update`` fills again in place while it has room; ``tensors`` is what operators take.
 
     Queries are sorted by position; "query j" is the j-th in that order. docs/design.md, "A plan", describes
     the tables.
 
     Attributes:
         tree: the tree planned for.
+        device: of ``tensors``, and of the q, k and v that the plan is for.
+        target: ``"cpu"`` or ``"gpu"``: whose costs the plan minimises.
         counts: [16]; how much of the other tensors is in use.
         query: [4, *]; row of q, position, tokens above on the path, 0.
         segment: [*, 6]; runs of keys: begin in ``slots``, length, lo, step, hi, depth.
@@ -93,8 +103,12 @@ class TreeAttentionPlan:
         head_dim: int,
         split: str,
         block_len: int,
+        device: torch.device,
+        target: str,
     ) -> None:
         self.tree = tree
+        self.device, self.target = device, target
+        self._copies: dict[str, Tensor] = {}  # the tables on another device
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.split, self.block_len = split, block_len
         self._queries = queries if isinstance(queries, str) else "explicit"
@@ -143,18 +157,19 @@ class TreeAttentionPlan:
         return int(self.counts[NUM_QUERIES])
 
     @property
+    def num_slots(self) -> int:
+        """Rows that k and v must have at least."""
+        return int(self.counts[NUM_SLOTS])
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The plan in the order in which operators take it."""
-        return (
-            self.slots,
-            self.query,
-            self.segment,
-            self.item,
-            self.task,
-            self.merge_ptr,
-            self.merge_row,
-            self.counts,
-        )
+        if self.device.type == "cpu":
+            tables = [getattr(self, name) for name in _TABLES]
+        else:
+            tables = [self._copies[name] for name in _TABLES]
+        slots, query, segment, item, task, merge_ptr, merge_row, counts = tables
+        return slots, query, segment, item, task, merge_ptr, merge_row, counts
 
     @property
     def io(self) -> TreeAttentionIO:
@@ -187,6 +202,17 @@ class TreeAttentionPlan:
         while not _library.call(_ops.plan_tree.default, *self._arguments()):
             self._grow()
         self.slots = self.tree.arena
+        if self.device.type != "cpu":
+            self._copy()
+
+    def _copy(self) -> None:
+        """Brings the tables to the plan's device, into the tensors that are there unless they must grow."""
+        for name in _TABLES:
+            table, copy = getattr(self, name), self._copies.get(name)
+            if copy is None or copy.shape != table.shape:
+                self._copies[name] = table.to(self.device)
+            else:
+                copy.copy_(table)
 
     def _arguments(self) -> tuple[object, ...]:
         """What the operator takes: the tree, the request, and the tables to fill."""
@@ -201,6 +227,7 @@ class TreeAttentionPlan:
             self.head_dim,
             self.split,
             self.block_len,
+            self.target,
             self.counts,
             self.query,
             self.segment,
@@ -233,6 +260,8 @@ def plan_tree_attention(
     head_dim: int,
     split: str = "auto",
     block_len: int | None = None,
+    device: torch.device | str | None = None,
+    target: str | None = None,
 ) -> TreeAttentionPlan:
     """Plans attention of queries in a tree to the keys on their paths.
 
@@ -252,6 +281,9 @@ def plan_tree_attention(
             finds cheapest. Results do not depend on it, up to rounding. Default: ``"auto"``.
         block_len: tokens of a block, for ``"flatten"`` and ``"node_chunk"``; the other splits do not use it.
             Default: 192.
+        device: of the q, k and v to come; the plan's tensors go there. Default: the CPU.
+        target: whose costs ``"auto"`` minimises, and how much work a task holds: ``"cpu"`` or ``"gpu"``. Any
+            plan is right on any device. Default: what the device is.
 
     Returns:
         A plan for ``tree_attention``. After a change of the tree, ``plan.update()`` makes it valid again.
@@ -288,7 +320,14 @@ def plan_tree_attention(
             _integers("the nodes of queries", queries[0]),
             _integers("the offsets of queries", queries[1]),
         )
-    return TreeAttentionPlan(tree, wanted, num_q_heads, num_kv_heads, head_dim, split, sizes["block_len"])
+    place = torch.device("cpu" if device is None else device)
+    if target is None:
+        target = "cpu" if place.type == "cpu" else "gpu"
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    return TreeAttentionPlan(
+        tree, wanted, num_q_heads, num_kv_heads, head_dim, split, sizes["block_len"], place, target
+    )
 
 
 def _room(table: Tensor, dim: int, needed: int) -> Tensor:
@@ -312,6 +351,7 @@ def _plan_tree_fake(
     head_dim: int,
     split: str,
     block_len: int,
+    target: str,
     counts: Tensor,
     query: Tensor,
     segment: Tensor,

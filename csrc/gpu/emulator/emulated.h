@@ -72,6 +72,7 @@ inline void prepare(const LaunchContext& context) {
   }
 }
 
+inline const char* device_status() { return ""; }
 inline bool has_tensor_cores() { return emulator::options().warp_size == 32; }
 inline size_t shared_limit() { return emulator::options().shared_limit; }
 

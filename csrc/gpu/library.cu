@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one symbol that a library of GPU kernels exports. Compiled into each of them; PALMETTE_GPU_BACKEND is
 // its name.
-#include "gpu/library.h"
+#include "gpu/gpu.cuh"
 
 namespace palmette::gpu {
 
@@ -12,18 +12,18 @@ constexpr size_t kMaxKernels = 64;
 struct {
   Kernel kernel[kMaxKernels];
   size_t count;
-} all;  // no constructor: registrations run in any order
+} registered;  // no constructor: registrations run in any order
 
 }  // namespace
 
 void add_kernel(const Kernel& kernel) {
-  if (all.count == kMaxKernels) __builtin_trap();
-  all.kernel[all.count++] = kernel;
+  if (registered.count == kMaxKernels) __builtin_trap();
+  registered.kernel[registered.count++] = kernel;
 }
 
 extern "C" __attribute__((visibility("default"))) const Library* palmette_gpu_library() {
   static Library library;
-  library = {PALMETTE_GPU_BACKEND, all.kernel, all.count};
+  library = {PALMETTE_GPU_BACKEND, registered.kernel, registered.count, &device_status};
   return &library;
 }
 
