@@ -66,6 +66,12 @@ __device__ __forceinline__ bool all(bool predicate) { return ballot(!predicate) 
 // ---- launches
 inline void prepare(const LaunchContext&) {}
 
+inline const char* device_status() {
+  int count = 0;
+  const hipError_t status = hipGetDeviceCount(&count);
+  return status != hipSuccess ? hipGetErrorString(status) : count == 0 ? "there is no device" : "";
+}
+
 inline bool has_tensor_cores() { return false; }
 
 // The most LDS that a workgroup of this device may have; a launch needs no leave to use all of it.
