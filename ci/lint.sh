@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 set -e
 ci/setup.sh lint
-ci/build.sh -DPALMETTE_TEST_MODULE=OFF
+ci/build.sh -DPALMETTE_TEST_MODULE=OFF -DPALMETTE_EMULATOR=ON
 set +e
 
 export PATH="$PWD/.venv/bin:$PATH"
@@ -17,7 +17,7 @@ check() { # check <name> <command>...
   "$@" || failed+=("$name")
 }
 
-mapfile -t cpp < <(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cuh')
+mapfile -t cpp < <(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy

@@ -3,8 +3,9 @@
 # opens at run time (csrc/core/gpu.h): CUDA's in csrc/gpu/, the emulator's in csrc/gpu/emulator/. Directories of their own,
 # because to one of them the same files are CUDA and to the other C++.
 #
-# PALMETTE_CUDA: auto (where nvcc is found), 1 or 0. The environment variable of the same name is its default.
-set(default_cuda auto)
+# PALMETTE_CUDA: auto (where nvcc is found), 1 or 0. The environment variable of the same name is its default; without it 0, as
+# long as the CUDA library is not part of every test run.
+set(default_cuda 0)
 if(DEFINED ENV{PALMETTE_CUDA} AND NOT "$ENV{PALMETTE_CUDA}" STREQUAL "")
   set(default_cuda "$ENV{PALMETTE_CUDA}")
 endif()

@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backends",
         default=",".join(BODIES),
-        help="comma-separated: what tests of kernels run on, for instance emulated_check. Default: %(default)s",
+        help="comma-separated: what tests of kernels run on, such as emulated_check. Default: %(default)s",
     )
 
 

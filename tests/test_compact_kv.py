@@ -132,8 +132,26 @@ def test_strides(layout):
         assert torch.equal(base[~rows], before[~rows])
 
 
+@pytest.mark.parametrize("what", ["data", "slot stride", "head stride", "head"])
+@pytest.mark.parametrize("multiple", [1, 2, 4, 8, 16])
+def test_alignments(what, multiple):
+    """Bytes at multiples of ``multiple`` and of nothing greater, because of one thing."""
+    size = {"data": 64, "slot stride": 512, "head stride": 128, "head": 48}
+    size[what] += multiple if multiple < 16 else 0
+    base, regular = torch.randint(0, 256, (12_000,)).byte(), torch.randint(0, 256, (20, 3, 32)).byte()
+    strides = (size["slot stride"], size["head stride"], 1)
+    view = torch.as_strided(base, (20, 3, size["head"]), strides, size["data"])
+    before, inside = base.clone(), torch.zeros_like(base)
+    torch.as_strided(inside, view.shape, view.stride(), view.storage_offset()).fill_(1)
+    src, dst = torch.randperm(20)[:15], torch.randperm(20)[:15]
+    check(view, regular, src, dst)
+    check(regular, view, src, dst)
+    assert torch.equal(base[inside == 0], before[inside == 0])
+
+
 @pytest.mark.parametrize(
-    ("heads", "dim", "v_dim"), [(1, 1, 1), (0, 4, 4), (2, 0, 3), (1, 64, 128), (3, 7, 1)]
+    ("heads", "dim", "v_dim"),
+    [(1, 1, 1), (0, 4, 4), (2, 0, 3), (2, 3, 0), (1, 64, 128), (3, 7, 1), (3, 701, 2048)],
 )
 def test_sizes(heads, dim, v_dim):
     check(*caches(9, heads, dim, v_dim), torch.tensor([8, 0, 1, 2]), torch.tensor([0, 1, 2, 8]))

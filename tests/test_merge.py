@@ -521,5 +521,8 @@ def test_raw_backward_checks_too():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"backend must be one of .*scalar.*, got 'sse9'"), use_backend("sse9"):
+    with (
+        pytest.raises(ValueError, match=r"backend must be one of .*scalar.*, got 'sse9'"),
+        use_backend("sse9"),
+    ):
         pass

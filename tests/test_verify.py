@@ -166,9 +166,10 @@ def test_tree_that_grew(backend):
 def test_empty_forest(backend):
     tree = Tree([-1], [1])
     tree.prune(0)
-    accepted, num_accepted, bonus = verify_greedy(tree, torch.tensor([0]), torch.zeros(1, 4))
-    assert accepted.shape == (0, 0)
-    assert num_accepted.shape == bonus.shape == (0,)
+    for verify in (verify_greedy, verify_sample):
+        accepted, num_accepted, bonus = verify(tree, torch.tensor([0]), torch.zeros(1, 4))
+        assert accepted.shape == (0, 0)
+        assert num_accepted.shape == bonus.shape == (0,)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "padded", "expanded", "strided tokens"])

@@ -7,19 +7,22 @@
 // Every output has one owner, so there are no atomics and one order of summation. Four kernels:
 //
 //   attend_delta   a group of lanes per row of O: D, and the row's part of dsink
-//   attend_dq      a block per 64 rows of one KV head's queries: walks the keys of all tasks that touch them, as the
+//   attend_dq      a block per 64 rows of one KV head's queries: walks the keys of all tasks that touch them,
+//   as the
 //                  forward pass does;  S, dP --registers--> dS --accumulate_rows--> dQ
-//   attend_dkv     a block per tile of keys of one KV head: K and V stay in shared memory, the queries of all items
-//                  that hold one of the keys stream past;  S^T, dP^T --registers--> P^T, dS^T --accumulate_rows--> dV, dK
+//   attend_dkv     a block per tile of keys of one KV head: K and V stay in shared memory, the queries of all
+//   items
+//                  that hold one of the keys stream past;  S^T, dP^T --registers--> P^T, dS^T
+//                  --accumulate_rows--> dV, dK
 //   attend_dsinks  a group of lanes per head adds up the rows' parts
 //
 // A plan lists its keys by task. Who owns keys finds the tasks that hold them by looking through the plan's
 // tables, 128 tasks at a time: that costs a few bytes per task, where a second set of tables, ordered by key,
 // would have to be made, moved and kept up to date for every step of decoding that needs no gradient.
 //
-// A key tile is 64 (32 in float) neighbours in `slots`, not in depth-first order; where two of them name the same slot, its
-// gradient is wrong: with gradients, slots must be distinct. Gradients of more than kColumns columns are
-// computed in parts, each of which computes S and dP again.
+// A key tile is 64 (32 in float) neighbours in `slots`, not in depth-first order; where two of them name the
+// same slot, its gradient is wrong: with gradients, slots must be distinct. Gradients of more than kColumns
+// columns are computed in parts, each of which computes S and dP again.
 #include <algorithm>
 
 #include "attend/tiles_gpu.cuh"
@@ -72,8 +75,8 @@ __device__ __forceinline__ int list_tasks(TaskList& list, int32_t base, int32_t 
   return count;
 }
 
-// Sums of the warps into rows of an output: each warp leaves 16 rows of kColumns in shared memory, kParts warps have parts of
-// the same rows. put(row, column, value) writes one.
+// Sums of the warps into rows of an output: each warp leaves 16 rows of kColumns in shared memory, kParts
+// warps have parts of the same rows. put(row, column, value) writes one.
 template <int kColumns, int kParts, class Put>
 __device__ __forceinline__ void write_sums(float* memory, const float (&sums)[kColumns / 8][4], int columns,
                                            Put put) {
@@ -126,7 +129,8 @@ __global__ void __launch_bounds__(kThreads)
   static_cast<float*>(b.dsinks)[index] = -ptx::ex2(sink - lse) * sum;
 }
 
-__global__ void __launch_bounds__(kLanes) attend_dsinks_kernel(const __grid_constant__ AttendBackwardParams b) {
+__global__ void __launch_bounds__(kLanes)
+    attend_dsinks_kernel(const __grid_constant__ AttendBackwardParams b) {
   const AttendParams& p = b.forward;
   const auto head = static_cast<int64_t>(blockIdx.x);
   float sum = 0;
@@ -283,8 +287,7 @@ struct QueryGradient {
           p.plan, task.item_begin, task.item_end, seen, a.logits.window, [&](const Key& key) {
             const E* k = a.k.row(key.slot, kv_head);
             float slope;
-            const float weight =
-                ptx::ex2(a.logits(dot(a.q.row(query, head), k, p.head_dim), slope) - max);
+            const float weight = ptx::ex2(a.logits(dot(a.q.row(query, head), k, p.head_dim), slope) - max);
             const float dp = dot(a.dout.row(query, head), a.v.row(key.slot, kv_head), p.v_head_dim);
             const float ds = weight * (dp - a.delta[index]) * slope;
             if (ds != 0) total = fmaf(ds, widen(k[first_column + column]), total);
@@ -515,13 +518,12 @@ struct KeyGradient {
   __device__ __forceinline__ void write() {
     float* memory = reinterpret_cast<float*>(shared.tiles);
     const auto put = [&](E* to, int width, const float (&sums)[kColumns / 8][4]) {
-      write_sums<kColumns, kParts>(memory, sums, min(kColumns, width - first_column),
-                                   [&](int i, int x, float value) {
-                                     if (shared.used[i] == 0) return;
-                                     const int64_t slot = p.plan.slots[first_key + i];
-                                     to[(slot * p.num_kv_heads + kv_head) * width + first_column + x] =
-                                         narrow<E>(value);
-                                   });
+      write_sums<kColumns, kParts>(
+          memory, sums, min(kColumns, width - first_column), [&](int i, int x, float value) {
+            if (shared.used[i] == 0) return;
+            const int64_t slot = p.plan.slots[first_key + i];
+            to[(slot * p.num_kv_heads + kv_head) * width + first_column + x] = narrow<E>(value);
+          });
     };
     put(a.dk, p.head_dim, dk);
     put(a.dv, p.v_head_dim, dv);
@@ -590,12 +592,12 @@ void launch_backward(const AttendBackwardParams& b, const LaunchContext& context
   const AttendParams& p = b.forward;
   const int64_t groups = int64_t{p.plan.num_queries} * p.num_q_heads;
   if (groups > 0) {
-    launch("attend_delta", &attend_delta_kernel<E>, dim3(static_cast<unsigned>((groups + kWarps - 1) / kWarps)),
-           dim3(kThreads), 0, context, b);
+    launch("attend_delta", &attend_delta_kernel<E>,
+           dim3(static_cast<unsigned>((groups + kWarps - 1) / kWarps)), dim3(kThreads), 0, context, b);
   }
   if (b.sink_sums != nullptr) {
-    launch("attend_dsinks", &attend_dsinks_kernel, dim3(static_cast<unsigned>(p.num_q_heads)), dim3(kLanes), 0,
-           context, b);
+    launch("attend_dsinks", &attend_dsinks_kernel, dim3(static_cast<unsigned>(p.num_q_heads)), dim3(kLanes),
+           0, context, b);
   }
   BackwardProblem<E> a{};
   a.p = p;

@@ -4,8 +4,8 @@
 //   S = Q K^T,   m' = max(m, max_k S),   P = 2^(S - m'),   c = 2^(m - m')
 //   l' = c l + sum_k P,   O' = c O + P V        out = O / l,   lse = (m + log2 l) ln 2
 //
-// Data flow. A block of four warps owns the rows of one task and one KV head, 64 at a time: all query heads of
-// the group are rows of one matrix, so K and V are read once for all of them.
+// Data flow. A block of four warps owns the rows of one task and one KV head, 64 at a time: all query heads
+// of the group are rows of one matrix, so K and V are read once for all of them.
 //
 //   plan --KeyCursor--> keys of a tile (slot, lo, hi, depth) in shared memory, one tile ahead of the copies
 //   K, V --cp.async--> shared memory, a stage ahead of the products (one stage where two do not fit)
@@ -15,8 +15,9 @@
 // With more than 32 rows every warp takes 16 of them and all keys of a tile; with fewer, two or four warps
 // share the rows and divide the keys, and their states are merged at the end.
 //
-// A weight of exactly 0 contributes nothing, even times inf or NaN. The products cannot say that, so a row whose
-// result is not finite is computed once more, key by key (careful_row). Finite results pay for a comparison.
+// A weight of exactly 0 contributes nothing, even times inf or NaN. The products cannot say that, so a row
+// whose result is not finite is computed once more, key by key (careful_row). Finite results pay for a
+// comparison.
 #include <algorithm>
 
 #include "attend/tiles_gpu.cuh"
@@ -74,17 +75,16 @@ __device__ __forceinline__ float careful_value(const Problem<E>& a, const PlanTa
   const int kv_head = head / (a.p.num_q_heads / a.p.num_kv_heads);
   const E* q = a.q.row(a.p.plan.query_index[row.query], head);
   float total = 0;
-  for_each_visible_key(
-      a.p.plan, task.item_begin, task.item_end, row, a.logits.window, [&](const Key& key) {
-        const float product = dot(q, a.k.row(key.slot, kv_head), a.p.head_dim);
-        const float weight = ptx::ex2(a.logits(product) - top);
-        if (weight != 0) total = fmaf(weight, widen(a.v.row(key.slot, kv_head)[column]), total);
-      });
+  for_each_visible_key(a.p.plan, task.item_begin, task.item_end, row, a.logits.window, [&](const Key& key) {
+    const float product = dot(q, a.k.row(key.slot, kv_head), a.p.head_dim);
+    const float weight = ptx::ex2(a.logits(product) - top);
+    if (weight != 0) total = fmaf(weight, widen(a.v.row(key.slot, kv_head)[column]), total);
+  });
   return total;
 }
 
-// Keys that a warp meets at a time, which the columns of O must leave registers for. Rows of four warps have few
-// keys each.
+// Keys that a warp meets at a time, which the columns of O must leave registers for. Rows of four warps have
+// few keys each.
 template <class E, int kColumns>
 constexpr int kWideStep = kColumns > 128 || sizeof(E) == 4 ? 16 : 32;
 template <class E>
@@ -106,8 +106,8 @@ struct Rows {
   QueryRow row[2];  // of this thread
   float o[kTiles][4], m[2], l[2];
 
-  __device__ __forceinline__ Rows(const Problem<E>& problem, const PlanTask& t, int head, int first_row, int rows,
-                                  int warps)
+  __device__ __forceinline__ Rows(const Problem<E>& problem, const PlanTask& t, int head, int first_row,
+                                  int rows, int warps)
       : a(problem),
         p(problem.p),
         task(t),
@@ -252,8 +252,7 @@ struct Rows {
     const int32_t query = at.query(first + r);
     const int64_t index = p.plan.query_index[query];
     const bool direct = task.partial_begin < 0;
-    const int64_t partial =
-        (int64_t{task.partial_begin} + query - task.query_begin) * p.num_q_heads + head;
+    const int64_t partial = (int64_t{task.partial_begin} + query - task.query_begin) * p.num_q_heads + head;
     E* out = static_cast<E*>(p.out.data) + index * p.out.token + head * p.out.head;
     float* partial_out = static_cast<float*>(p.partial_out) + partial * p.v_head_dim;
     const Finished done = finish(p, head, top, sum);
@@ -383,8 +382,8 @@ void launch_attend(const AttendParams& p, const LaunchContext& context) {
   if (blocks > 0) launch("attend", kernel, dim3(blocks), dim3(kThreads), bytes, context, a);
   const int64_t groups = int64_t{p.plan.num_queries} * p.num_q_heads;
   if (p.plan.num_partials > 0 && groups > 0) {
-    launch("attend_merge", &attend_merge_kernel<E>, dim3(static_cast<unsigned>((groups + kWarps - 1) / kWarps)),
-           dim3(kThreads), 0, context, p);
+    launch("attend_merge", &attend_merge_kernel<E>,
+           dim3(static_cast<unsigned>((groups + kWarps - 1) / kWarps)), dim3(kThreads), 0, context, p);
   }
 }
 

@@ -43,8 +43,7 @@ struct QueryRow {
   }
   __device__ __forceinline__ bool sees_some(const TileSpan& t, int window) const {
     if (!meets(t)) return false;
-    return !t.run ||
-           (pos >= t.min_lo && pos < t.hi && (window == 0 || depth - t.max_depth < window));
+    return !t.run || (pos >= t.min_lo && pos < t.hi && (window == 0 || depth - t.max_depth < window));
   }
   // Every key, or there is no row that could see too much.
   __device__ __forceinline__ bool sees_all(const TileSpan& t, int window, int tile_keys) const {
@@ -66,8 +65,9 @@ struct RowOf {
   __device__ __forceinline__ int32_t query(int row) const { return begin + row / group; }
 };
 
-// The tiles of the items [item_begin, item_end) that meet queries [query_begin, query_end). A tile holds keys of
-// one item, across its segments. With a window, keys too far up the path for every query are skipped unread.
+// The tiles of the items [item_begin, item_end) that meet queries [query_begin, query_end). A tile holds keys
+// of one item, across its segments. With a window, keys too far up the path for every query are skipped
+// unread.
 template <int kKeys>
 class KeyCursor {
  public:
@@ -148,8 +148,8 @@ class KeyCursor {
     }
   }
 
-  // Short segments: every lane looks at one, a running sum of their lengths says which of them holds a thread's
-  // key.
+  // Short segments: every lane looks at one, a running sum of their lengths says which of them holds a
+  // thread's key.
   __device__ __forceinline__ void take_segments(TileSpan& span, Key& key) {
     const int32_t mine = segment_ + lane();
     int first = 0, length = 0;

@@ -68,8 +68,8 @@ PlanView view_tables(const PlanTensors& t, const Tensor& q) {
 }
 
 // Every index of the plan is checked against what it indexes, so that no kernel can leave its arrays. This
-// reads each key's slot once: 4 bytes per key, against kilobytes of K and V. Plans on a GPU are not looked at: that
-// would wait for everything before.
+// reads each key's slot once: 4 bytes per key, against kilobytes of K and V. Plans on a GPU are not looked
+// at: that would wait for everything before.
 void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t num_slots,
                 int64_t num_kv_heads) {
   const int64_t queries = p.counts[kNumQueries], segments = p.counts[kNumSegments],
@@ -409,7 +409,8 @@ Gradients run_backward_gpu(GpuLaunch& gpu, AttendBackwardParams& b, const Inputs
   Tensor dk = torch::stable::new_zeros(q, {in.k.size(0), in.k.size(1), in.k.size(2)});
   Tensor dv = torch::stable::new_zeros(q, {in.v.size(0), in.v.size(1), in.v.size(2)});
   Tensor delta = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
-  Tensor sink_rows, dsinks = torch::stable::new_zeros(q, {in.sinks.has_value() ? q.size(1) : 0}, ScalarType::Float);
+  Tensor sink_rows,
+      dsinks = torch::stable::new_zeros(q, {in.sinks.has_value() ? q.size(1) : 0}, ScalarType::Float);
   b.dq = dq.mutable_data_ptr();
   b.dk = dk.mutable_data_ptr();
   b.dv = dv.mutable_data_ptr();
@@ -434,12 +435,13 @@ Gradients run_backward_gpu(GpuLaunch& gpu, AttendBackwardParams& b, const Inputs
   return {dq, dk, dv, dsinks};
 }
 
-Gradients attend_backward_op(
-    const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& slots, const Tensor& query,
-    const Tensor& segment, const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
-    const Tensor& merge_row, const Tensor& counts, const std::optional<Tensor>& sinks, double scale,
-    double softcap, int64_t window) {
+Gradients attend_backward_op(const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q,
+                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const Tensor& slots, const Tensor& query, const Tensor& segment,
+                             const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
+                             const Tensor& merge_row, const Tensor& counts,
+                             const std::optional<Tensor>& sinks, double scale, double softcap,
+                             int64_t window) {
   AttendBackwardParams b{};
   AttendParams& p = b.forward;
   const Inputs in{q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks};

@@ -75,7 +75,7 @@ struct AttendParams {
   int32_t num_units;
   DType dtype;
   int32_t num_q_heads, num_kv_heads, head_dim, v_head_dim;
-  int32_t num_slots;  // rows of k and v
+  int32_t num_slots;      // rows of k and v
   double scale, softcap;  // softcap 0: none
   int32_t window;         // 0: none
   int64_t scratch_bytes;  // per worker

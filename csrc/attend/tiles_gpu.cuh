@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the forward and the backward kernels share: how a block's shared memory is cut up, and how rows of q, k, v
-// come into it.
+// What the forward and the backward kernels share: how a block's shared memory is cut up, and how rows of q,
+// k, v come into it.
 #pragma once
 
 #include <stdexcept>
@@ -45,9 +45,8 @@ __device__ __forceinline__ void copy_query_rows(const Matrix<E>& to, int rows, c
 template <class E>
 __device__ __forceinline__ void copy_key_rows(const Matrix<E>& to, int rows, const Source<E>& from,
                                               const Key* keys, int count, int kv_head) {
-  copy_rows(to, rows, from.width, from.by_chunks, from.data, [&](int row) -> const E* {
-    return row < count ? from.row(keys[row].slot, kv_head) : nullptr;
-  });
+  copy_rows(to, rows, from.width, from.by_chunks, from.data,
+            [&](int row) -> const E* { return row < count ? from.row(keys[row].slot, kv_head) : nullptr; });
 }
 
 // Stages of shared memory that K and V pass through, and the keys of the tiles in and before them.
@@ -74,8 +73,8 @@ struct Stages {
 };
 
 // Brings the tiles of a cursor into shared memory, one after the other, and calls
-// meet(span, keys, K, V) for each, by all threads. K and V are copied a stage ahead; the keys of a tile are looked up
-// one tile before that. Copies that were committed before have arrived when the first tile has.
+// meet(span, keys, K, V) for each, by all threads. K and V are copied a stage ahead; the keys of a tile are
+// looked up one tile before that. Copies that were committed before have arrived when the first tile has.
 template <class E, class Cursor, class Meet>
 __device__ __forceinline__ void for_each_tile(KeyRing<E>& ring, unsigned char* memory, const Stages& stages,
                                               Cursor cursor, const Source<E>& k, const Source<E>& v,
@@ -163,7 +162,8 @@ struct Logits {
   }
 };
 
-// f(key) for the keys of items [item_begin, item_end) that one query sees, one after the other: for what is rare.
+// f(key) for the keys of items [item_begin, item_end) that one query sees, one after the other: for what is
+// rare.
 template <class F>
 __device__ __forceinline__ void for_each_visible_key(const PlanView& plan, int32_t item_begin,
                                                      int32_t item_end, const QueryRow& row, int window, F f) {

@@ -59,11 +59,11 @@ __device__ __forceinline__ int group_min(int x PALMETTE_COMMA_SITE) {
 template <auto kLaunch>
 class Registration {
  public:
-  explicit Registration(const char* name) { add(name, kLaunch); }
+  explicit Registration(const char* name) noexcept { add(name, kLaunch); }
 
  private:
   template <class Params>
-  static void add(const char* name, void (*)(const Params&, const LaunchContext&)) {
+  static void add(const char* name, void (*)(const Params&, const LaunchContext&)) noexcept {
     add_kernel({name, sizeof(Params), [](const void* params, const LaunchContext& context) {
                   prepare(context);
                   kLaunch(*static_cast<const Params*>(params), context);

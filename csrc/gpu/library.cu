@@ -16,7 +16,7 @@ struct {
 
 }  // namespace
 
-void add_kernel(const Kernel& kernel) {
+void add_kernel(const Kernel& kernel) noexcept {
   if (registered.count == kMaxKernels) __builtin_trap();
   registered.kernel[registered.count++] = kernel;
 }

@@ -40,6 +40,6 @@ struct Library {
 extern "C" const Library* palmette_gpu_library();
 
 // Adds a kernel to the library that it is linked into; gpu.cuh's Registration calls it.
-void add_kernel(const Kernel& kernel);
+void add_kernel(const Kernel& kernel) noexcept;
 
 }  // namespace palmette::gpu

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrices in shared memory: rows of 16-byte chunks, laid out so that what the products read (gpu/product.cuh)
-// meets no bank twice, and filled by asynchronous copies.
+// Matrices in shared memory: rows of 16-byte chunks, laid out so that what the products read
+// (gpu/product.cuh) meets no bank twice, and filled by asynchronous copies.
 #pragma once
 
 #include "gpu/numbers.cuh"
@@ -11,11 +11,11 @@ constexpr int kThreads = 128, kWarps = kThreads / kLanes;  // of a block that wo
 constexpr int kChunkBytes = 16;
 constexpr int kPadding = 16;  // rows are filled up with zeros to whole multiples of it: the depth of an mma
 
-// Where chunk c of row r lies. Shared memory serves eight chunks at once if they are different modulo 8, and the
-// same chunk of eight neighbouring rows should be: ldmatrix reads them together. With g the largest power of
-// two in `chunks`, at most 8, rows 8 / g apart collide, so an exclusive or of the lower bits of c tells them
-// apart. For 64 and 128 16-bit elements this is the usual c ^ (r % 8), for 80 only the last bit is flipped, and
-// no row is longer than it must be.
+// Where chunk c of row r lies. Shared memory serves eight chunks at once if they are different modulo 8, and
+// the same chunk of eight neighbouring rows should be: ldmatrix reads them together. With g the largest power
+// of two in `chunks`, at most 8, rows 8 / g apart collide, so an exclusive or of the lower bits of c tells
+// them apart. For 64 and 128 16-bit elements this is the usual c ^ (r % 8), for 80 only the last bit is
+// flipped, and no row is longer than it must be.
 struct Swizzle {
   int chunks, shift;  // shift: 3 - log2 g
 
@@ -58,9 +58,9 @@ inline bool copies_by_chunks(const void* data, int64_t element_bytes, int64_t st
          stride1 * element_bytes % kChunkBytes == 0;
 }
 
-// Rows [0, rows) of `to` from source(row), null for a row of zeros. By chunks, the copy is asynchronous: it has
-// arrived when its group of copies has been waited for. Eight threads share a row, so that they read 128 bytes
-// in a row.
+// Rows [0, rows) of `to` from source(row), null for a row of zeros. By chunks, the copy is asynchronous: it
+// has arrived when its group of copies has been waited for. Eight threads share a row, so that they read 128
+// bytes in a row.
 template <class E, class Source>
 __device__ __forceinline__ void copy_rows(const Matrix<E>& to, int rows, int width, bool by_chunks,
                                           const E* valid, Source source) {

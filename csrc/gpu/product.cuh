@@ -8,7 +8,8 @@
 // Both leave C and take P as the tensor cores hold an accumulator: lane l has, of every 8 columns, with
 // g = l / 4 and t = 2 (l % 4),
 //
-//     c[n][0] (g, 8 n + t)   c[n][1] (g, 8 n + t + 1)   c[n][2] (g + 8, 8 n + t)   c[n][3] (g + 8, 8 n + t + 1)
+//     c[n][0] (g, 8 n + t)   c[n][1] (g, 8 n + t + 1)   c[n][2] (g + 8, 8 n + t)   c[n][3] (g + 8, 8 n + t +
+//     1)
 //
 // so what comes out of the first can go into the second. 16-bit elements are multiplied by tensor cores
 // (Tensor); float, and everything where there are none that we know (AMD, a wave of 64), by ordinary fused
@@ -71,8 +72,8 @@ struct Scalar {
           for (int m = 0; m < kTiles; ++m) {
             if (8 * m >= width) continue;  // not break: clang unrolls only what ends at a constant
             const int column = b_column + 8 * m + t;
-            const Pair pair = load(reinterpret_cast<const Pair*>(b.chunk(row, column / kPerChunk<E>) +
-                                                                 column % kPerChunk<E>));
+            const Pair pair = load(
+                reinterpret_cast<const Pair*>(b.chunk(row, column / kPerChunk<E>) + column % kPerChunk<E>));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const float value = widen(pair.value[i]);
@@ -150,7 +151,8 @@ struct Tensor {
         if (8 * m >= width) break;
         // of B, transposed: rows 0-7, rows 8-15, and the same of the next eight columns
         uint32_t y[4];
-        ptx::load_matrix_x4<true>(y, b.chunk(b_row + 8 * n + (lane() & 15), b_column / 8 + m + (lane() >> 4)));
+        ptx::load_matrix_x4<true>(y,
+                                  b.chunk(b_row + 8 * n + (lane() & 15), b_column / 8 + m + (lane() >> 4)));
         Instruction::multiply(c[m], x, y[0], y[1]);
         Instruction::multiply(c[m + 1], x, y[2], y[3]);
       }

@@ -34,12 +34,13 @@ __device__ __forceinline__ Place place(const MergeParams& p) {
 
 // kWidth neighbours per lane and access.
 template <class E, int kWidth>
-__global__ void __launch_bounds__(kGroups* kLanes) merge_states_kernel(const __grid_constant__ MergeParams p) {
+__global__ void __launch_bounds__(kGroups* kLanes)
+    merge_states_kernel(const __grid_constant__ MergeParams p) {
   const Place at = place(p);
   if (!at.exists) return;
   const Rows rows = rows_of(p, at.query);
-  const float* lses = static_cast<const float*>(p.lses) + at.query * p.lses_query + rows.begin * p.lses_state +
-                      at.head * p.lses_head;
+  const float* lses = static_cast<const float*>(p.lses) + at.query * p.lses_query +
+                      rows.begin * p.lses_state + at.head * p.lses_head;
   const E* outs = static_cast<const E*>(p.outs) + at.query * p.outs_query + rows.begin * p.outs_state +
                   at.head * p.outs_head;
 
@@ -86,8 +87,8 @@ __global__ void __launch_bounds__(kGroups* kLanes)
   if (!at.exists) return;
   const Rows rows = rows_of(p, at.query);
   const int64_t index = at.query * p.num_heads + at.head;
-  const float* lses = static_cast<const float*>(p.lses) + at.query * p.lses_query + rows.begin * p.lses_state +
-                      at.head * p.lses_head;
+  const float* lses = static_cast<const float*>(p.lses) + at.query * p.lses_query +
+                      rows.begin * p.lses_state + at.head * p.lses_head;
   const E* outs = static_cast<const E*>(p.outs) + at.query * p.outs_query + rows.begin * p.outs_state +
                   at.head * p.outs_head;
   const E* out = static_cast<const E*>(p.out) + index * p.head_dim;

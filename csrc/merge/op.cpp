@@ -203,21 +203,21 @@ void backward(const MergeBackwardParams& b, const Tensor& dout, const Tensor& dl
 }
 
 std::tuple<Tensor, Tensor> merge_states_op(Tensor outs, const Tensor& lses, std::optional<Tensor> indptr,
-                                            bool base2) {
+                                           bool base2) {
   MergeParams p = check_states(outs, lses, indptr, base2);
   if (!indptr.has_value()) return forward(p, {{outs, "outs"}, {lses, "lses"}});
   return forward(p, {{outs, "outs"}, {lses, "lses"}, {*indptr, "indptr"}});
 }
 
 std::tuple<Tensor, Tensor> merge_state_op(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b,
-                                           bool base2) {
+                                          bool base2) {
   MergeParams p = check_pair(out_a, lse_a, out_b, lse_b, base2);
   return forward(p, {{out_a, "out_a"}, {lse_a, "lse_a"}, {out_b, "out_b"}, {lse_b, "lse_b"}});
 }
 
-std::tuple<Tensor, Tensor> merge_states_backward_op(Tensor dout, Tensor dlse, Tensor outs,
-                                                     const Tensor& lses, std::optional<Tensor> indptr,
-                                                     Tensor out, Tensor lse, bool base2) {
+std::tuple<Tensor, Tensor> merge_states_backward_op(Tensor dout, Tensor dlse, Tensor outs, const Tensor& lses,
+                                                    std::optional<Tensor> indptr, Tensor out, Tensor lse,
+                                                    bool base2) {
   const MergeParams p = check_states(outs, lses, indptr, base2);
   MergeBackwardParams b = check_gradient(p, dout, dlse, out, lse, outs, lses.scalar_type());
   const bool ragged = indptr.has_value();
@@ -239,8 +239,8 @@ std::tuple<Tensor, Tensor> merge_states_backward_op(Tensor dout, Tensor dlse, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_state_backward_op(Tensor dout, Tensor dlse, Tensor out_a,
-                                                                    Tensor lse_a, Tensor out_b, Tensor lse_b,
-                                                                    Tensor out, Tensor lse, bool base2) {
+                                                                   Tensor lse_a, Tensor out_b, Tensor lse_b,
+                                                                   Tensor out, Tensor lse, bool base2) {
   const MergeParams p = check_pair(out_a, lse_a, out_b, lse_b, base2);
   MergeBackwardParams b = check_gradient(p, dout, dlse, out, lse, out_a, lse_a.scalar_type());
   Tensor dout_a = torch::stable::new_empty(dout, {p.num_queries, p.num_heads, p.head_dim});
@@ -253,8 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_state_backward_op(Tensor dout, 
   b.dlses = dlse_a.mutable_data_ptr();
   b.dlses_query = p.num_heads;
   b.dlses_state = distance(dlse_a, dlse_b);
-  backward(b, dout, dlse, out, lse,
-           {{out_a, "out_a"}, {lse_a, "lse_a"}, {out_b, "out_b"}, {lse_b, "lse_b"}},
+  backward(b, dout, dlse, out, lse, {{out_a, "out_a"}, {lse_a, "lse_a"}, {out_b, "out_b"}, {lse_b, "lse_b"}},
            {{dout_a, "dout_a"}, {dlse_a, "dlse_a"}, {dout_b, "dout_b"}, {dlse_b, "dlse_b"}});
   return {dout_a, dlse_a, dout_b, dlse_b};
 }

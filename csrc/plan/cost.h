@@ -11,11 +11,11 @@
 //          much as lanes4 or lanes8 rows of a full one
 //
 // The constants hold for head_dim 128 and grow in proportion to head_dim, except `item`, which is
-// bookkeeping. A plan does not depend on the body that runs it, nor on the number of threads or on the model of
-// a GPU.
+// bookkeeping. A plan does not depend on the body that runs it, nor on the number of threads or on the model
+// of a GPU.
 //
-// Of the CPU, `python -m bench.cost` measures them; where the bodies differ (two cores of an AMD EPYC, family 26),
-// the constant lies between them, or near AVX2's where AVX-512 is less common. item is too small to
+// Of the CPU, `python -m bench.cost` measures them; where the bodies differ (two cores of an AMD EPYC, family
+// 26), the constant lies between them, or near AVX2's where AVX-512 is less common. item is too small to
 // measure well; it keeps out items of no use.
 //
 //   constant   ns   avx2   avx512   what it is
@@ -27,10 +27,10 @@
 //   lanes8     10    9.4   13.7     a block of 5 to 8 rows, in rows of a full block
 //   lanes4      8    6.7   15.1     a block of 1 to 4 rows
 //
-// Of the GPU nothing has been measured; these are data sheets divided by the number of multiprocessors (A100, H100):
-// a multiprocessor reads about 20 bytes per ns, so 512 bytes of K and V (bf16) take 25 ns; at half of the tensor
-// cores' rate 16 rows meet a key in 2 to 4 ns, less than reading it. An item costs what its last tile of 64 keys
-// wastes and the fetch of its first keys.
+// Of the GPU nothing has been measured; these are data sheets divided by the number of multiprocessors (A100,
+// H100): a multiprocessor reads about 20 bytes per ns, so 512 bytes of K and V (bf16) take 25 ns; at half of
+// the tensor cores' rate 16 rows meet a key in 2 to 4 ns, less than reading it. An item costs what its last
+// tile of 64 keys wastes and the fetch of its first keys.
 #pragma once
 
 #include <algorithm>
@@ -42,10 +42,11 @@ namespace palmette {
 struct Target {
   const char* name;
   double item, row, key, pack, read, lanes8, lanes4;
-  int64_t max_task_rows;  // query rows of one task: more would not stay in the cache (CPU) or fit a block (GPU)
-  int64_t thin_rows;      // items of so few rows run better in tasks of their own
-  bool heads_together;    // thin tasks run for several KV heads at a time
-  double units;           // units of work that a plan aims at (tasks * KV heads), whatever the number of workers
+  int64_t
+      max_task_rows;    // query rows of one task: more would not stay in the cache (CPU) or fit a block (GPU)
+  int64_t thin_rows;    // items of so few rows run better in tasks of their own
+  bool heads_together;  // thin tasks run for several KV heads at a time
+  double units;  // units of work that a plan aims at (tasks * KV heads), whatever the number of workers
   double min_unit_cost;   // what one must cost at least
   int64_t min_thin_keys;  // a thin item is not cut into parts of fewer keys
   int32_t key_step;       // items are cut between tiles of the kernel: at multiples of this many keys

@@ -32,7 +32,12 @@ struct Range {
 class Partitioner {
  public:
   Partitioner(const Draft& draft, const CostModel& model, const Heads& heads, Plan& plan)
-      : draft_(draft), items_(draft.item), model_(model), target_(model.target()), heads_(heads), plan_(plan) {}
+      : draft_(draft),
+        items_(draft.item),
+        model_(model),
+        target_(model.target()),
+        heads_(heads),
+        plan_(plan) {}
 
   void run() {
     total_cost_ = 0;
@@ -49,7 +54,9 @@ class Partitioner {
  private:
   double kv_heads() const { return static_cast<double>(heads_.num_kv_heads); }
   int64_t rows(int64_t queries) const { return queries * model_.group(); }
-  bool is_thin(const DraftItem& item) const { return rows(item.query_end - item.query_begin) <= target_.thin_rows; }
+  bool is_thin(const DraftItem& item) const {
+    return rows(item.query_end - item.query_begin) <= target_.thin_rows;
+  }
 
   // Items sorted by their first query: a block ends where no earlier item reaches the next item's queries.
   // Neighbouring blocks join while they are too small to be worth a task each.
@@ -103,7 +110,8 @@ class Partitioner {
           const int32_t queries = item.query_end - item.query_begin;
           const double keys = (into - model_.fixed(queries)) / model_.per_key(queries);
           const int32_t last = item.keys / target_.key_step - 1;
-          const int32_t step = std::clamp(static_cast<int32_t>(std::lround(keys / target_.key_step)), 1, last);
+          const int32_t step =
+              std::clamp(static_cast<int32_t>(std::lround(keys / target_.key_step)), 1, last);
           cut = Cut{i, step * target_.key_step};
         }
         const Cut& previous = cuts_.back();
@@ -173,8 +181,8 @@ class Partitioner {
     const bool thin = 2 * b.thin_cost > b.cost;
     const double units = thin && target_.heads_together ? kv_heads() : 1.0;
     const double parts = std::ceil(b.cost * units / unit_cost_ - 0.05);
-    return std::max<int64_t>(
-        1, thin ? std::min(static_cast<int64_t>(parts), b.keys / target_.min_thin_keys) : static_cast<int64_t>(parts));
+    return std::max<int64_t>(1, thin ? std::min(static_cast<int64_t>(parts), b.keys / target_.min_thin_keys)
+                                     : static_cast<int64_t>(parts));
   }
 
   // Items of many rows and items of few run differently: the kernel takes the latter several KV heads at a

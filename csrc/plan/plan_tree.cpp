@@ -15,8 +15,8 @@ void TreePlanner::run(const TreeState& tree, const TreePlanRequest& request) {
   place_queries(tree, request);
   count_io();
   const int32_t max_queries = static_cast<int32_t>(max_task_queries(request.target, request.heads));
-  const CostModel model(request.target, request.heads.num_q_heads / request.heads.num_kv_heads, request.heads.head_dim,
-                        max_queries);
+  const CostModel model(request.target, request.heads.num_q_heads / request.heads.num_kv_heads,
+                        request.heads.head_dim, max_queries);
   const int32_t block_len = static_cast<int32_t>(std::min<int64_t>(request.block_len, INT_MAX));
   cut_tiles(max_queries);
   for (size_t t = 0; t + 1 < tile_ptr_.size(); ++t) {
@@ -175,8 +175,8 @@ void TreePlanner::collect_pieces(int32_t begin, int32_t end, int32_t key_step) {
   }
 }
 
-// Queries inside a node see a part of it only. With key_step the node is cut between tiles of the kernel where
-// queries drop out.
+// Queries inside a node see a part of it only. With key_step the node is cut between tiles of the kernel
+// where queries drop out.
 void TreePlanner::add_node(int32_t rank, int32_t query_begin, int32_t query_end, int32_t key_step) {
   const int32_t start = layout_.start[rank];
   const int32_t seen = std::min(layout_.length[rank], draft_.pos[query_end - 1] - start + 1);

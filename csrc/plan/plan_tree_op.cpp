@@ -45,9 +45,9 @@ void copy_rows(const std::vector<Row>& from, int32_t* to) {
 Tensor plan_tree(const Tensor& nodes, const Tensor& tree_counts, const std::string& queries,
                  const std::optional<Tensor>& query_node, const std::optional<Tensor>& query_offset,
                  int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim, const std::string& split,
-                 int64_t block_len, const std::string& target, const Tensor& counts, const Tensor& query, const Tensor& segment,
-                 const Tensor& item, const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row,
-                 const Tensor& io) {
+                 int64_t block_len, const std::string& target, const Tensor& counts, const Tensor& query,
+                 const Tensor& segment, const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
+                 const Tensor& merge_row, const Tensor& io) {
   const TreeState tree = tree_state(nodes, tree_counts);
   check(num_kv_heads > 0, "num_kv_heads must be at least 1, got ", num_kv_heads);
   check(num_q_heads > 0 && num_q_heads % num_kv_heads == 0,

@@ -38,8 +38,8 @@ class VarlenPlanner {
  public:
   void run(const VarlenRequest& request) {
     draft_.clear();
-    const CostModel model(request.target, request.heads.num_q_heads / request.heads.num_kv_heads, request.heads.head_dim,
-                          max_task_queries(request.target, request.heads));
+    const CostModel model(request.target, request.heads.num_q_heads / request.heads.num_kv_heads,
+                          request.heads.head_dim, max_task_queries(request.target, request.heads));
     for (int64_t b = 0; b + 1 < request.q_indptr.size; ++b) add_sequence(request, b, model);
     partition(draft_, model, request.heads, plan_);
     add_idle_tasks(static_cast<int32_t>(max_task_queries(request.target, request.heads)));

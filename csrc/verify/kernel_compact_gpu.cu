@@ -37,7 +37,6 @@ template <class F>
 void with_unit(const CopyRowsParams& p, F&& f) {
   uint64_t bits = 0;
   for (const CacheRows* rows : {&p.from[0], &p.from[1], &p.to[0], &p.to[1]}) {
-    if (rows->bytes() == 0) continue;
     bits |= reinterpret_cast<uintptr_t>(rows->data) | static_cast<uint64_t>(rows->row_stride) |
             static_cast<uint64_t>(rows->piece_stride) | static_cast<uint64_t>(rows->piece_bytes);
   }

@@ -32,7 +32,7 @@ constexpr int kNone = -1;  // no token
 struct Shared {
   uint64_t key[kMaxThreads / kLanes];  // of groups
   // when sampling:
-  float chunk[kSumChunk];  // probabilities
+  float chunk[kSumChunk];  // probabilities, 0 behind the row's end
   int64_t token;
   // and behind it sums of chunks, double [num_chunks]
 };
@@ -152,10 +152,9 @@ __device__ __forceinline__ bool add_chunks(const E* row, int vocab, double* chun
 }
 
 // The place in a chunk where the running sum of its probabilities, on top of `before`, exceeds `target`.
-__device__ __forceinline__ int find(const float (&chunk)[kSumChunk], int count, double before,
-                                    double target) {
+__device__ __forceinline__ int find(const float (&chunk)[kSumChunk], double before, double target) {
   constexpr int kBatch = 16;  // sums never decrease, so it is enough to look at every 16th at first
-  for (int i = 0; i < count; i += kBatch) {
+  for (int i = 0; i < kSumChunk; i += kBatch) {
     double after = before;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) after += static_cast<double>(chunk[i + k]);
@@ -166,7 +165,7 @@ __device__ __forceinline__ int find(const float (&chunk)[kSumChunk], int count, 
     before = after;
   }
   // Added in this order, the chunk fell short by a rounding error: the last token that can be drawn.
-  int i = count - 1;
+  int i = kSumChunk - 1;
   while (i > 0 && chunk[i] == 0) --i;
   return i;
 }
@@ -207,7 +206,7 @@ __device__ __forceinline__ int sample(const E* row, int vocab, double uniform, d
   const int begin = chunk * kSumChunk, count = min(kSumChunk, vocab - begin);
   for (int i = thread; i < kSumChunk; i += threads) shared.chunk[i] = i < count ? widen(row[begin + i]) : 0;
   __syncthreads();
-  if (thread == 0) shared.token = begin + find(shared.chunk, count, chunk == 0 ? 0 : sums[chunk - 1], target);
+  if (thread == 0) shared.token = begin + find(shared.chunk, chunk == 0 ? 0 : sums[chunk - 1], target);
   __syncthreads();
   return static_cast<int>(shared.token);
 }

@@ -146,7 +146,7 @@ Verified run_verify(const Tensor& nodes, const Tensor& tree_counts, Tensor draft
   if (p.vocab > 1 && rows.stride(1) != 1) rows = torch::stable::contiguous(rows);
 
   const Tensor table = walk_table(tree, checked.roots, token, rows, p);
-  if (!token.given) p.token = static_cast<const int64_t*>(draft_tokens.const_data_ptr());
+  if (!token.given) p.token = static_cast<const int64_t*>(draft_tokens.const_data_ptr());  // on a real GPU
   constexpr int64_t kFaultWords = sizeof(VerifyFault) / sizeof(int64_t);
   Tensor accepted = torch::stable::new_empty(rows, {num_roots, max_depth}, ScalarType::Long);
   Tensor num_accepted = torch::stable::new_empty(rows, {num_roots}, ScalarType::Long);
@@ -165,7 +165,6 @@ Verified run_verify(const Tensor& nodes, const Tensor& tree_counts, Tensor draft
   p.fault = static_cast<VerifyFault*>(faults.mutable_data_ptr());
   if (gpu) {
     gpu.reads(table, "tree");
-    gpu.reads(draft_tokens, "draft_tokens");
     gpu.reads(rows, name);
     if (uniforms != nullptr) gpu.reads(*uniforms, "uniforms");
     gpu.writes(accepted, "accepted");

@@ -11,8 +11,8 @@ from palmette._attend import PlanTensors
 
 _ops = torch.ops.palmette
 
-# What the planner may ask for at most (csrc/plan/cost.h, partition.h), by target: rows of q per task, keys per
-# step at which queries drop out, tasks beyond one per tile; and bytes of partial states that are always
+# What the planner may ask for at most (csrc/plan/cost.h, partition.h), by target: rows of q per task, keys
+# per step at which queries drop out, tasks beyond one per tile; and bytes of partial states that are always
 # allowed.
 _MAX_TASK_ROWS = {"cpu": 256, "gpu": 64}
 _KEY_STEP = {"cpu": 48, "gpu": 64}
@@ -46,8 +46,9 @@ def plan_varlen(
         target: ``"cpu"`` or ``"gpu"``: whose costs the plan minimises. Default: what the device is.
 
     Returns:
-        slots, query, segment, item, task, merge_ptr, merge_row and counts, as operators take them; int32. Key i lies in slot i, and position and row of a query are the same number. The tables have
-        room to spare: their sizes depend on the arguments' shapes only, so that this traces.
+        slots, query, segment, item, task, merge_ptr, merge_row and counts, as operators take them; int32. Key
+        i lies in slot i, and position and row of a query are the same number. The tables have room to spare:
+        their sizes depend on the arguments' shapes only, so that this traces.
 
     Raises:
         ValueError: an indptr does not begin with 0, decreases, or does not end with the number of rows.

@@ -70,7 +70,9 @@ def tree_attention(
     if not torch.compiler.is_compiling():
         plan.check_fresh()
         if plan.device.type != "cpu" and k.shape[0] < plan.num_slots:
-            raise ValueError(f"k must have at least {plan.num_slots} slots, those of the tree, got {k.shape[0]}")
+            raise ValueError(
+                f"k must have at least {plan.num_slots} slots, those of the tree, got {k.shape[0]}"
+            )
         if q.shape[0] != plan.num_queries:
             raise ValueError(
                 f"q must be [{plan.num_queries}, Hq, D], one row per query of the plan, got {list(q.shape)}"

@@ -407,8 +407,7 @@ std::vector<int> run(const std::string& name, int n, const Size& grid, const Siz
       emulator::forget_buffers();
       emulator::register_buffer(out.data(), out.size() * sizeof(int), "out", true);
     }
-    gpu::launch(entry.name, entry.kernel, size_of(grid), size_of(block), sizeof(Numbers), {}, out.data(),
-                n);
+    gpu::launch(entry.name, entry.kernel, size_of(grid), size_of(block), sizeof(Numbers), {}, out.data(), n);
     if constexpr (emulator::kChecked) last_traffic = *emulator::traffic_of("out");
     return out;
   }

@@ -9,6 +9,7 @@
 
 #include "gpu/emulator/runtime.h"
 
+// NOLINTBEGIN(bugprone-reserved-identifier): CUDA chose the names
 #define __global__
 #define __device__
 #define __host__
@@ -67,3 +68,4 @@ inline T __ldg(const T* address) {
 }
 using std::max;
 using std::min;
+// NOLINTEND(bugprone-reserved-identifier)

@@ -103,6 +103,7 @@ struct Or {
 
 }  // namespace palmette::emulator
 
+// NOLINTBEGIN(bugprone-reserved-identifier): CUDA chose the names
 #define EMULATOR_SHUFFLE(name, mode)                                                                   \
   template <class T>                                                                                   \
   inline T name(uint64_t mask, T value, int operand, int width = ::palmette::emulator::warp_size(),    \
@@ -145,3 +146,4 @@ inline int __all_sync(uint64_t mask, int predicate, EMULATOR_SITE) {
   return palmette::emulator::fold<palmette::emulator::Or>(mask, predicate == 0 ? 1U : 0U, "__all_sync",
                                                           site) == 0;
 }
+// NOLINTEND(bugprone-reserved-identifier)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only the GPU kernels have: schedules, stages, tilings, plans for another device, and bytes moved."""
+
+from __future__ import annotations
+
+import random
+
+import palmette
+import pytest
+import torch
+from palmette import testing
+from test_tree_attention import IRREGULAR, check, make_case
+
+pytestmark = pytest.mark.skipif("emulated" not in testing.backends(), reason="the emulator is not built")
+EMULATORS = [name for name in testing.EMULATORS if name in testing.backends()]
+
+SCHEDULES = ({"order": "forward"}, {"order": "reverse"}, {"order": "random", "seed": 7})
+
+
+def everything(case, **options):
+    """out, lse, dq, dk, dv."""
+    inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    out, lse = palmette.tree_attention(*inputs, case.plan, return_lse=True, **options)
+    torch.autograd.backward([out, lse], [torch.cos(out.detach()), torch.sin(lse.detach())])
+    return [out, lse, *(x.grad for x in inputs)]
+
+
+@pytest.mark.parametrize("name", EMULATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", ["leaves", "tokens"])
+def test_schedules_are_bit_identical(name, dtype, queries):
+    case = make_case(
+        [-1, 0, 0, 1], [70, 9, 40, 5], queries, q_heads=6, dtype=dtype, split="flatten", block_len=48
+    )
+    results = []
+    with testing.backend(name):
+        for schedule in SCHEDULES:
+            with testing.emulator(**schedule):
+                results.append(everything(case))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 64, 65, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_task(rows, dtype):
+    """Up to 16, 32 and 64 rows are divided among the warps in other ways."""
+    with testing.backend("emulated"):
+        check(make_case([-1] + [0] * rows, [100] + [3] * rows, q_heads=1, kv_heads=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200])
+def test_keys_around_whole_tiles(length, dtype):
+    with testing.backend("emulated"):
+        check(make_case([-1], [length], dtype=dtype))
+        check(make_case([-1, 0], [length, 2], split="node", dtype=dtype))
+
+
+@pytest.mark.parametrize("segments", [2, 31, 32, 33, 63, 64, 65, 70, 97])
+def test_many_short_segments(segments):
+    """A tile of keys is put together from up to 32 segments at a time."""
+    parent = [-1] + [0] * segments
+    for tokens in (1, 2, 3):
+        case = make_case(
+            parent, [7] + [tokens] * segments, "tokens", q_heads=1, kv_heads=1, split="flatten", block_len=500
+        )
+        with testing.backend("emulated"):
+            check(case)
+
+
+def test_one_stage_where_two_do_not_fit():
+    case = make_case(*IRREGULAR, "tokens", dtype=torch.bfloat16, head_dim=256, v_head_dim=256)
+    with testing.backend("emulated"):
+        expected = everything(case)
+        with testing.emulator(shared_limit=140 << 10):
+            assert all(torch.equal(a, b) for a, b in zip(everything(case), expected, strict=True))
+        with (
+            testing.emulator(shared_limit=48 << 10),
+            pytest.raises(ValueError, match="bytes of shared memory, got 256"),
+        ):
+            everything(case)
+
+
+def test_head_dims_beyond_256():
+    case = make_case([-1, 0], [4, 4], head_dim=264)
+    message = "head_dim must be at most 256 on a GPU, got 264"
+    with testing.backend("emulated"), pytest.raises(ValueError, match=message):
+        palmette.tree_attention(case.q, case.k, case.v, case.plan)
+
+
+def test_float64_has_no_kernel():
+    case = make_case([-1, 0], [4, 4], dtype=torch.float64)
+    with (
+        testing.backend("emulated"),
+        pytest.raises(ValueError, match="float64 runs on the scalar backend only"),
+    ):
+        palmette.tree_attention(case.q, case.k, case.v, case.plan)
+
+
+@pytest.mark.parametrize("queries", ["leaves", "tokens"])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (32, 4), (80, 1)])
+def test_plans_for_a_gpu(queries, q_heads, kv_heads):
+    parent, num_tokens = [-1] + [0] * 5 + [1, 1], [400, 3, 70, 5, 64, 1, 9, 30]
+    case = make_case(parent, num_tokens, queries, q_heads=q_heads, kv_heads=kv_heads)
+    plan = palmette.plan_tree_attention(
+        case.plan.tree, queries, num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=32, target="gpu"
+    )
+    assert plan.target == "gpu"
+    rows = max(64, q_heads // kv_heads)
+    tasks = plan.task[: plan.counts[3]]
+    assert ((tasks[:, 3] - tasks[:, 2]) * (q_heads // kv_heads) <= rows).all()
+    for name in ("emulated", testing.backends()[0]):
+        with testing.backend(name):
+            check(case._replace(plan=plan))
+
+
+def test_a_long_chain_is_shared_out_among_many_blocks():
+    tree = palmette.Tree([-1], [16384])
+    sizes = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+    on_cpu, on_gpu = (palmette.plan_tree_attention(tree, target=t, **sizes) for t in ("cpu", "gpu"))
+    assert int(on_gpu.counts[3]) * 8 >= 132 > int(on_cpu.counts[3]) * 8
+    assert on_gpu.io.kv_tokens_read == 16384
+
+
+def test_gradients_that_meet_inf_and_nan():
+    """A key that no query sees may hold anything."""
+    case = make_case([-1, 0, 0, 0], [20, 6, 6, 6], ([1, 3], [5, 2]), dtype=torch.bfloat16)
+    unseen = ~case.visible.any(dim=0)
+    with testing.backend("emulated"):
+        want = everything(case)
+        case.k[unseen] = torch.nan
+        case.v[unseen] = torch.inf
+        got = everything(case)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+# ---- plans on another device
+
+
+def test_a_plan_on_another_device_is_updated_in_place():
+    tree = palmette.Tree([-1, 0, 0], [40, 1, 1], range(42))
+    plan = palmette.plan_tree_attention(tree, num_q_heads=4, num_kv_heads=2, head_dim=16, device="meta")
+    assert plan.target == "gpu"
+    assert all(t.device.type == "meta" for t in plan.tensors)
+    before = plan.tensors
+    tree.append([1, 2], [1, 1], [42, 43])
+    plan.update()
+    assert all(a is b for a, b in zip(plan.tensors, before, strict=True))
+    tree.branch(1, 200)
+    plan.update()
+    assert plan.tensors[1] is not before[1]  # more queries than there was room for
+    with pytest.raises(ValueError, match="q must be on the plan's device meta, got cpu"):
+        palmette.tree_attention(torch.zeros(201, 4, 16), torch.zeros(60, 2, 16), torch.zeros(60, 2, 16), plan)
+
+
+def test_bad_target():
+    tree = palmette.Tree([-1], [4])
+    with pytest.raises(ValueError, match="target must be one of cpu, gpu, got 'tpu'"):
+        palmette.plan_tree_attention(tree, num_q_heads=1, num_kv_heads=1, head_dim=8, target="tpu")
+
+
+# ---- bytes
+
+
+def bytes_of_kv(case):
+    with testing.backend("emulated_check"):
+        palmette.tree_attention(case.q, case.k, case.v, case.plan)
+    assert testing.traffic("k").written == testing.traffic("v").written == 0
+    return testing.traffic("k").read + testing.traffic("v").read
+
+
+@pytest.mark.skipif("emulated_check" not in testing.backends(), reason="the check build is not there")
+class TestBytes:
+    def expected(self, case):
+        io = case.plan.io
+        return io.bytes(case.q.dtype) - 2 * io.partial_states * io.num_q_heads * (io.head_dim + 1) * 4
+
+    @pytest.mark.parametrize("split", ["flatten", "node", "node_chunk", "sequence", "auto"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_kv_is_read_as_often_as_the_plan_says(self, split, dtype):
+        case = make_case(*IRREGULAR, dtype=dtype, split=split, block_len=64)
+        assert bytes_of_kv(case) == self.expected(case)
+
+    def test_partial_states(self):
+        tree = palmette.Tree([-1, 0, 0], [1500, 4, 4])
+        plan = palmette.plan_tree_attention(tree, num_q_heads=4, num_kv_heads=2, head_dim=32, target="gpu")
+        case = make_case([-1, 0, 0], [1500, 4, 4])._replace(plan=plan)
+        assert plan.io.partial_states > 0
+        assert bytes_of_kv(case) == self.expected(case)
+        states = plan.io.partial_states * 4
+        out, largest = testing.traffic("partial_out"), testing.traffic("partial_max")
+        assert out.written == states * 32 * 4
+        assert largest.written == states * 4
+        assert out.read == out.written  # once each
+
+    @pytest.mark.parametrize("width", [32, 64, 128, 256])
+    def test_token_trees(self, width):
+        draw = random.Random(width)
+        parent = [-1] + [draw.randrange(max(0, i - 9), i) for i in range(1, width)]
+        case = make_case(parent, [50] + [1] * (width - 1), "tokens", q_heads=2, kv_heads=1, head_dim=16)
+        sizes = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+        plan = palmette.plan_tree_attention(case.plan.tree, "tokens", target="gpu", **sizes)
+        case = case._replace(plan=plan)
+        assert bytes_of_kv(case) == self.expected(case)
