@@ -7,6 +7,10 @@
 #include <stdexcept>
 #include <string>
 
+#define PALMETTE_PTX 1
+#define PALMETTE_TENSOR_CORES 1
+#define PALMETTE_SCALAR_16 0
+
 #define PALMETTE_SITE
 #define PALMETTE_COMMA_SITE
 #define PALMETTE_COMMA_PASS

@@ -14,6 +14,9 @@
 
 #include "gpu/library.h"
 
+// Each defines its own name, PALMETTE_PTX, PALMETTE_HIP or PALMETTE_EMULATED, and, as 1 or 0,
+//   PALMETTE_TENSOR_CORES  there may be tensor cores (has_tensor_cores())
+//   PALMETTE_SCALAR_16     there may be none, so 16-bit elements need other code too
 #if defined(__HIPCC__)
 #include "gpu/hip.h"
 #elif defined(__CUDACC__)

@@ -70,7 +70,7 @@ struct Scalar {
           const int row = b_row + 8 * n + 2 * source + e;
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
-            if (8 * m >= width) break;
+            if (8 * m >= width) continue;  // not break: clang unrolls only what ends at a constant
             const int column = b_column + 8 * m + t;
             const Pair pair = load(
                 reinterpret_cast<const Pair*>(b.chunk(row, column / kPerChunk<E>) + column % kPerChunk<E>));
@@ -86,6 +86,8 @@ struct Scalar {
     }
   }
 };
+
+#if PALMETTE_TENSOR_CORES
 
 template <class E>
 struct TensorInstruction;
@@ -158,18 +160,21 @@ struct Tensor {
   }
 };
 
+#endif
+
 // f(Tensor or Scalar) for a stored type: tensor cores where there are any that we know.
 template <class F>
 void with_math(DType dtype, F&& f) {
+#if PALMETTE_TENSOR_CORES
   if (has_tensor_cores()) {
     if (dtype == DType::bf16) return f(Tensor<bf16>{});
     if (dtype == DType::f16) return f(Tensor<fp16>{});
-  } else {
-#if !defined(__CUDACC__) || defined(__HIPCC__)
-    if (dtype == DType::bf16) return f(Scalar<bf16>{});
-    if (dtype == DType::f16) return f(Scalar<fp16>{});
-#endif
   }
+#endif
+#if PALMETTE_SCALAR_16
+  if (dtype == DType::bf16) return f(Scalar<bf16>{});
+  if (dtype == DType::f16) return f(Scalar<fp16>{});
+#endif
   f(Scalar<float>{});
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every PTX instruction that kernels use, twice: as inline PTX for the device, and as its definition in the
-// PTX ISA manual for the emulator.
+// Every PTX instruction that kernels use: as inline PTX under nvcc (PALMETTE_PTX), as its definition in the
+// PTX ISA manual on the emulator (PALMETTE_EMULATED), and as what comes closest under hipcc (PALMETTE_HIP).
+// Where there are two bodies, the second is for all but nvcc.
 #pragma once
 
 #include "gpu/gpu.cuh"
@@ -11,26 +12,30 @@ namespace palmette::ptx {
 
 // 2^x; ex2.approx.ftz.f32 is off by about 2 ulp and flushes denormal results.
 __device__ __forceinline__ float ex2(float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#elif !defined(__CUDACC__)
-  const float y = std::exp2(x);
-  return std::fabs(y) < 1.17549435e-38f ? 0.0f : y;
 #else
-  return 0;
+  const float y = exp2f(x);
+  return fabsf(y) < 1.17549435e-38f ? 0.0f : y;
 #endif
 }
 
-#if !defined(__CUDACC__)
+#if !defined(PALMETTE_PTX)
 namespace definition {
 
 // Rounding to nearest even, overflow to inf, denormal results kept.
-inline uint32_t narrow_bf16(float value) {
+__device__ __forceinline__ uint32_t narrow_bf16(float value) {
   const uint32_t u = __float_as_uint(value);
   return value != value ? 0x7FFFu : (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
 }
+#if defined(PALMETTE_HIP)
+__device__ __forceinline__ uint32_t narrow_fp16(float value) {
+  return __builtin_bit_cast(uint16_t, static_cast<_Float16>(value));
+}
+__device__ __forceinline__ float widen_fp16(uint16_t bits) { return __builtin_bit_cast(_Float16, bits); }
+#else
 inline uint32_t narrow_fp16(float value) {
   const uint32_t sign = __float_as_uint(value) >> 16 & 0x8000u;
   const float size = std::fabs(value);
@@ -48,44 +53,39 @@ inline float widen_fp16(uint16_t bits) {
   const uint32_t wide = exponent == 31 ? 255u << 23 : static_cast<uint32_t>(exponent + 112) << 23;
   return __uint_as_float(sign | wide | static_cast<uint32_t>(fraction) << 13);
 }
+#endif
 
 }  // namespace definition
 #endif
 
 // Two floats rounded to nearest even; `low` lies in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
-#elif !defined(__CUDACC__)
-  return definition::narrow_bf16(low) | definition::narrow_bf16(high) << 16;
 #else
-  return 0;
+  return definition::narrow_bf16(low) | definition::narrow_bf16(high) << 16;
 #endif
 }
 
 __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
-#elif !defined(__CUDACC__)
-  return definition::narrow_fp16(low) | definition::narrow_fp16(high) << 16;
 #else
-  return 0;
+  return definition::narrow_fp16(low) | definition::narrow_fp16(high) << 16;
 #endif
 }
 
 __device__ __forceinline__ float widen_fp16(uint16_t bits) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
-#elif !defined(__CUDACC__)
-  return definition::widen_fp16(bits);
 #else
-  return 0;
+  return definition::widen_fp16(bits);
 #endif
 }
 
@@ -94,19 +94,23 @@ __device__ __forceinline__ float widen_fp16(uint16_t bits) {
 // 16 bytes past L1; of the source, `source_bytes` are read and the rest is zeros.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from,
                                               uint32_t source_bytes = 16 PALMETTE_COMMA_SITE) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(source_bytes)
                : "memory");
-#elif !defined(__CUDACC__)
+#elif defined(PALMETTE_EMULATED)
   emulator::copy_async(to, from, 16, source_bytes, site);
+#else  // has happened when it returns
+  *static_cast<uint4*>(to) = source_bytes == 16 ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  for (uint32_t i = 0; i < source_bytes % 16; ++i)
+    static_cast<unsigned char*>(to)[i] = static_cast<const unsigned char*>(from)[i];
 #endif
 }
 
 __device__ __forceinline__ void commit_copies() {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   asm volatile("cp.async.commit_group;" ::: "memory");
-#elif !defined(__CUDACC__)
+#elif defined(PALMETTE_EMULATED)
   emulator::commit_copies();
 #endif
 }
@@ -115,34 +119,36 @@ __device__ __forceinline__ void commit_copies() {
 // too.
 template <int kInFlight>
 __device__ __forceinline__ void wait_for_copies() {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
-#elif !defined(__CUDACC__)
+#elif defined(PALMETTE_EMULATED)
   emulator::wait_for_copies(kInFlight);
 #endif
 }
 
+#if defined(PALMETTE_PTX) || defined(PALMETTE_EMULATED)  // the rest has no counterpart under hipcc
+
 // ---- named barriers
 
 __device__ __forceinline__ void barrier_sync(int id, int threads PALMETTE_COMMA_SITE) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#elif !defined(__CUDACC__)
+#elif defined(PALMETTE_EMULATED)
   emulator::wait_at_barrier(id, static_cast<unsigned>(threads), 0, site);
 #endif
 }
 
 __device__ __forceinline__ void barrier_arrive(int id, int threads PALMETTE_COMMA_SITE) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#elif !defined(__CUDACC__)
+#elif defined(PALMETTE_EMULATED)
   emulator::arrive_at_barrier(id, static_cast<unsigned>(threads), site);
 #endif
 }
 
 // ---- matrices
 
-#if !defined(__CUDACC__)
+#if defined(PALMETTE_EMULATED)
 namespace definition {
 
 // ldmatrix .x4: lanes 8 i .. 8 i + 7 name the rows of the i-th 8 x 8 matrix of 16-bit elements. Lane l
@@ -226,7 +232,7 @@ struct WidenFp16 {
 
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void* row PALMETTE_COMMA_SITE) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   if (kTransposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -239,7 +245,7 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void
                  : "r"(address)
                  : "memory");
   }
-#elif !defined(__CUDACC__)
+#elif defined(PALMETTE_EMULATED)
   definition::LoadMatrixArgument argument{row, {}};
   emulator::join_warp(0xFFFFFFFFu, "ldmatrix", true, argument, definition::LoadMatrix<kTransposed>{}, site);
   for (int i = 0; i < 4; ++i) result[i] = argument.result[i];
@@ -248,13 +254,13 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void
 
 __device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                               uint32_t b1 PALMETTE_COMMA_SITE) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#elif !defined(__CUDACC__)
+#elif defined(PALMETTE_EMULATED)
   const uint32_t b[2] = {b0, b1};
   definition::MultiplyArgument argument{a, b, d};
   emulator::join_warp(0xFFFFFFFFu, "mma.bf16", true, argument,
@@ -264,18 +270,20 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)
 
 __device__ __forceinline__ void multiply_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                               uint32_t b1 PALMETTE_COMMA_SITE) {
-#if defined(__CUDA_ARCH__)
+#if defined(PALMETTE_PTX)
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#elif !defined(__CUDACC__)
+#elif defined(PALMETTE_EMULATED)
   const uint32_t b[2] = {b0, b1};
   definition::MultiplyArgument argument{a, b, d};
   emulator::join_warp(0xFFFFFFFFu, "mma.fp16", true, argument,
                       definition::Multiply16x8x16<definition::WidenFp16>{}, site);
 #endif
 }
+
+#endif
 
 }  // namespace palmette::ptx

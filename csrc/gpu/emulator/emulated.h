@@ -12,6 +12,10 @@
 #include "gpu/emulator/warp.h"
 #include "gpu/library.h"
 
+#define PALMETTE_EMULATED 1
+#define PALMETTE_TENSOR_CORES 1
+#define PALMETTE_SCALAR_16 1
+
 // The line of a kernel that a helper was called from, handed on from helper to helper.
 #define PALMETTE_SITE EMULATOR_SITE
 #define PALMETTE_COMMA_SITE , EMULATOR_SITE
