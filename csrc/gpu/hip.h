@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// gpu.cuh under hipcc, from ROCm 5.2 on. A wave has 64 lanes (CDNA, GCN) or 32 (RDNA); the two groups of a
+// gpu.cuh under hipcc; tried with ROCm 5.2. A wave has 64 lanes (CDNA, GCN) or 32 (RDNA); the two groups of a
 // wave of 64 may be at different places of a kernel, so a group exchanges values within its own half only.
 //
 // CUDA's words are HIP's too, but for two: __grid_constant__, and the second number of __launch_bounds__,
@@ -21,7 +21,9 @@
 #define PALMETTE_COMMA_SITE
 #define PALMETTE_COMMA_PASS
 
+#ifndef __grid_constant__
 #define __grid_constant__
+#endif
 
 namespace palmette::gpu {
 
