@@ -39,8 +39,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.config.getoption("--backends").split(",")
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", names, indirect=True)
+    cpu = [name for name in names if name not in testing.EMULATORS]
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", cpu, indirect=True)
     if "machine" in metafunc.fixturenames:
-        cpu = [name for name in names if name not in testing.EMULATORS]
         metafunc.parametrize("machine", cpu[:1] + [name for name in names if name not in cpu], indirect=True)
 
 
@@ -52,6 +54,13 @@ def _seeded() -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every ISA body that this CPU has, and on the GPU kernels under the emulator."""
+    with testing.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, without the emulators: for what only CPUs do."""
     with testing.backend(request.param):
         yield request.param
 

@@ -448,6 +448,77 @@ def test_what_memory_reports(control):
         ptx.Module(text_of("matmul")).entry("product")
 
 
+def test_arrays_at_addresses_of_their_own():
+    """Wide accesses to what begins at no multiple of their size; other arrays at the same place."""
+    module = entry(
+        "ld.param.u64 o, [out]; mad.wide.u32 o, i, 16, o; ld.global.v4.u32 {a0, a1, a2, a3}, [o+8];"
+        "add.u32 a3, a3, i; st.global.v4.u32 [o+8], {a3, a0, a1, a2}; isspacep.global p0, o; @!p0 trap; ret;"
+    )
+    gpu, address = ptx.Machine(module), 0x7F12_3456_7818
+    assert (address + 8) % 16 == 0
+    for start in (0, 1000):
+        array = np.arange(start, start + 34, dtype=np.uint32)
+        want = array[2:].reshape(8, 4)[:, [3, 0, 1, 2]] + np.arange(8)[:, None] * np.array([1, 0, 0, 0])
+        assert gpu.buffer(array, "out", writable=True, address=address) == address
+        gpu.launch("test", 1, 8, params=gpu.pack("test", address))
+        assert (array[2:].reshape(8, 4) == want).all()
+        assert gpu.counters.buffers["out"].bytes_written == 128
+        with pytest.raises(ValueError, match="other overlaps out"):
+            gpu.buffer(array.copy(), "other", address=address + 132)
+        with pytest.raises(ptx.PtxError, match="out of bounds: read of 16 bytes at offset 136 of out"):
+            gpu.launch("test", 1, 9, params=gpu.pack("test", address))
+        gpu.forget()
+    with pytest.raises(ptx.PtxError, match="near no buffer"):
+        gpu.launch("test", 1, 8, params=gpu.pack("test", address))
+    with pytest.raises(ValueError, match="no address of global memory"):
+        gpu.buffer(np.zeros(4), "shared", address=0xA << 40)
+
+
+def test_shared_memory_of_each_launch():
+    out = np.zeros(64, np.uint32)
+    module = entry(
+        "mov.u32 a0, %dynamic_smem_size; mov.u32 a1, dynamic; add.u32 a1, a1, a0;"
+        "st.shared.u32 [a1+-4], a0; ld.shared.u32 a2, [a1+-4]; st.global.u32 [o], a2; ret;"
+    )
+    declaration = ".extern .shared .align 16 .b8 dynamic[];"
+    gpu = ptx.Machine(ptx.Module(module.text.replace(".visible", f"{declaration} .visible")))
+    address = gpu.buffer(out, "out", writable=True)
+    for size in (64, 4096, 32):
+        gpu.launch("test", 1, 64, size, gpu.pack("test", address))
+        assert (out == size).all()
+
+
+def test_a_kernel_alone():
+    text = text_of("control")
+    module = ptx.Module(text)
+    names = [f.name for f in module.functions.values() if f.entry]
+    assert len(names) > 3
+    for name in names:
+        alone = ptx.Module(module.alone(name))
+        assert [f.name for f in alone.functions.values() if f.entry] == [name]
+        assert [i.text for i in alone.entry(name).body] == [i.text for i in module.entry(name).body]
+
+
+def test_mutants_that_leave_the_path_are_noticed():
+    """A kernel that repairs its result hides a defect, but it is seen doing so."""
+    repairing = """
+      .reg .f32 x; mov.u32 j, store; cvt.rn.f32.u32 x, i; mad.lo.u32 j, i, 4, j; st.shared.f32 [j], x;
+      bar.sync 0;
+      xor.b32 a0, i, 32; mov.u32 j, store; mad.lo.u32 j, a0, 4, j; ld.shared.f32 x, [j];
+      setp.nan.f32 p0, x, x; @!p0 bra good;
+      cvt.rn.f32.u32 x, a0;
+      good: st.global.f32 [o], x; ret;"""
+    text = entry(repairing, ".shared .align 16 .b8 store[256];").text
+
+    def passes(mutant: str) -> bool:
+        out = np.zeros(64, np.float32)
+        Launch(ptx.Module(mutant), "forward")("test", out, block=64)
+        return bool((out == (np.arange(64) ^ 32)).all())
+
+    assert passes(re.sub(r"bar\.sync 0;", "", text))
+    assert len(ptx.check_mutations(text, "test", passes, [MISSING_SYNCTHREADS])) == 1
+
+
 # ---- threads that work together, as nvcc compiles them
 
 

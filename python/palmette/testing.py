@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -122,6 +122,103 @@ def traffic(name: str) -> Traffic:
     if library is None or not library.palmette_emulator_traffic(name.encode(), counts):
         raise ValueError(f"name must be a tensor of the last operator on 'emulated_check', got {name!r}")
     return Traffic(*counts)
+
+
+@dataclass(frozen=True)
+class LaunchMemory:
+    """A tensor that a kernel may touch: the bytes at ``address``, from the first element to the last."""
+
+    name: str
+    address: int
+    writable: bool
+    before: bytes
+    after: bytes | None = None
+
+
+@dataclass(frozen=True)
+class RecordedLaunch:
+    """A kernel as an emulator ran it, with all that another machine needs to run it too."""
+
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    parameters: bytes
+    memory: tuple[LaunchMemory, ...]
+
+
+class _Extent(ctypes.Structure):  # csrc/gpu/library.h
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
+        ("name", ctypes.c_char_p),
+        ("writable", ctypes.c_bool),
+    )
+
+
+class _LaunchRecord(ctypes.Structure):  # csrc/gpu/emulator/record.h
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint64),
+        ("parameters", ctypes.c_void_p),
+        ("parameter_bytes", ctypes.c_uint64),
+        ("extents", ctypes.POINTER(_Extent)),
+        ("num_extents", ctypes.c_uint64),
+    )
+
+
+_Recorder = ctypes.CFUNCTYPE(None, ctypes.POINTER(_LaunchRecord), ctypes.c_int)
+
+
+def _three(extents: ctypes.Array[ctypes.c_uint32]) -> tuple[int, int, int]:
+    return extents[0], extents[1], extents[2]
+
+
+@contextlib.contextmanager
+def recorded_launches(
+    then: Callable[[RecordedLaunch], None] | None = None,
+) -> Iterator[list[RecordedLaunch]]:
+    """The kernels that the emulators run in the enclosed code, each with its memory before and after.
+
+    An operator may launch several kernels, of which one reads what another wrote: ``before`` is what memory
+    holds right before a launch.
+
+    Args:
+        then: is called after every launch, before the operator goes on. It may not raise.
+    """
+    launches: list[RecordedLaunch] = []
+
+    @_Recorder
+    def record(pointer: ctypes._Pointer[_LaunchRecord], done: int) -> None:
+        launch = pointer.contents
+        extents = launch.extents[: launch.num_extents]
+        if not done:
+            memory = (
+                LaunchMemory(e.name.decode(), e.data, e.writable, ctypes.string_at(e.data, e.bytes))
+                for e in extents
+            )
+            parameters = ctypes.string_at(launch.parameters, launch.parameter_bytes)
+            shape = _three(launch.grid), _three(launch.block)
+            name = launch.name.decode()
+            launches.append(RecordedLaunch(name, *shape, launch.shared_bytes, parameters, tuple(memory)))
+        else:
+            memory = (
+                replace(m, after=ctypes.string_at(m.address, len(m.before))) for m in launches[-1].memory
+            )
+            launches[-1] = replace(launches[-1], memory=tuple(memory))
+            if then is not None:
+                then(launches[-1])
+
+    libraries = [library for name in EMULATORS if (library := _emulator(name)) is not None]
+    for library in libraries:
+        library.palmette_emulator_record(record)
+    try:
+        yield launches
+    finally:
+        for library in libraries:
+            library.palmette_emulator_record(None)
 
 
 def assert_accurate(

@@ -59,7 +59,6 @@ class Block:
         function: Function,
         globals_: dict[str, int],
         shape: tuple[int, int, int],
-        shared_bytes: int,
     ) -> None:
         self.memory = memory
         self.module = module
@@ -74,8 +73,9 @@ class Block:
         self.carry = self.array(np.dtype(bool))
         self.copies = Copies(self.lanes)
         self.barriers = Barriers(self.lanes, self._add)
-        self._specials = self._make_specials(shape, shared_bytes)
-        self.shared = self._place_shared(function, shared_bytes)
+        self._specials = self._make_specials(shape)
+        self._static_bytes = self._place_shared(function)
+        self.shared = self._shared_buffer(0)
         self._place_parameters(function)
         self.program = Program(self, module, function)
         self.local = LocalBuffer(
@@ -122,7 +122,7 @@ class Block:
 
     # ---- layout
 
-    def _make_specials(self, shape: tuple[int, int, int], shared_bytes: int) -> dict[str, np.ndarray]:
+    def _make_specials(self, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
         thread = np.arange(self.lanes, dtype=np.uint32)
         lane = thread & np.uint32(31)
         one = np.uint32(1)
@@ -139,7 +139,7 @@ class Block:
             "lanemask_le": (bit - one) | bit,
             "lanemask_gt": ~((bit - one) | bit),
             "lanemask_ge": ~(bit - one),
-            "dynamic_smem_size": np.full(self.lanes, shared_bytes, np.uint32),
+            "dynamic_smem_size": np.zeros(self.lanes, np.uint32),
         }
         for axis, extent in zip("xyz", shape, strict=True):
             values[f"ntid.{axis}"] = np.full(self.lanes, extent, np.uint32)
@@ -147,8 +147,11 @@ class Block:
             values[f"nctaid.{axis}"] = np.zeros(self.lanes, np.uint32)
         return values
 
-    def _place_shared(self, function: Function, shared_bytes: int) -> Buffer:
-        """Variables of known size first, then the extern arrays, which share what is left."""
+    def _place_shared(self, function: Function) -> int:
+        """Variables of known size first, then the extern arrays, which share what a launch adds.
+
+        Returns the bytes before these.
+        """
         used = reachable(self.module, function)
         variables: list[Variable] = [v for v in self.module.variables.values() if v.space == "shared"]
         for name in {function.name, *used} & set(self.module.functions):
@@ -164,10 +167,11 @@ class Block:
         at = align_up(at, max((v.align for v in dynamic), default=1))
         for variable in dynamic:
             self._symbols[variable.name] = at
-        size = at + shared_bytes - SHARED_BASE
-        return Buffer(
-            "shared memory", (SHARED << WINDOW_BITS) + SHARED_BASE, np.full(size, POISON, np.uint8), True
-        )
+        return at - SHARED_BASE
+
+    def _shared_buffer(self, dynamic_bytes: int) -> Buffer:
+        data = np.full(self._static_bytes + dynamic_bytes, POISON, np.uint8)
+        return Buffer("shared memory", (SHARED << WINDOW_BITS) + SHARED_BASE, data, True)
 
     def _place_parameters(self, function: Function) -> None:
         at = 0
@@ -179,10 +183,16 @@ class Block:
 
     # ---- running
 
-    def launch(self, grid: tuple[int, int, int], parameters: bytes, schedule: Schedule) -> None:
+    def launch(
+        self, grid: tuple[int, int, int], shared_bytes: int, parameters: bytes, schedule: Schedule
+    ) -> None:
         if len(parameters) != self.parameters.size:
             raise PtxError(f"{len(parameters)} bytes of parameters, the kernel has {self.parameters.size}")
         self.parameters.data[:] = np.frombuffer(parameters, np.uint8)
+        if self.shared.size != self._static_bytes + shared_bytes:
+            self.shared.mapped = False
+            self.shared = self._shared_buffer(shared_bytes)
+        self._specials["dynamic_smem_size"].fill(shared_bytes)
         for buffer in (self.shared, self.local, self.parameters):
             self.memory.put(buffer)
         for axis, extent in zip("xyz", grid, strict=True):

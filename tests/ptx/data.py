@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .floats import narrow, widen
-from .memory import SHARED, WINDOW_BITS, WINDOWS, Access
+from .memory import SHARED, WINDOW_BITS, WINDOWS, Access, in_window
 from .operands import (
     Frame,
     Mask,
@@ -108,10 +108,8 @@ def _cvta(frame: Frame, ins: Instruction, modifiers: Modifiers) -> Plain:
 def _isspacep(frame: Frame, ins: Instruction, modifiers: Modifiers) -> Plain:
     space = modifiers.one("global", "shared", "shared::cta", "local", "const", "param")
     d, a = operands(ins, 2)
-    window = np.uint64(WINDOWS[space.removesuffix("::cta")])
-    return apply(
-        frame.target(d, "pred"), lambda x: x >> np.uint64(WINDOW_BITS) == window, frame.source(a, "u64")
-    )
+    window = WINDOWS[space.removesuffix("::cta")]
+    return apply(frame.target(d, "pred"), lambda x: in_window(x, window), frame.source(a, "u64"))
 
 
 # ---- loads and stores

@@ -140,7 +140,9 @@ def fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     total = np.multiply(a, b, dtype=np.float64)
     total += c
     half_way = (total.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
-    if half_way.any() or np.fmin.reduce(np.abs(total)) < SMALLEST["f32"]:
+    size = np.abs(total)
+    size[size == 0] = 1  # exact
+    if half_way.any() or np.fmin.reduce(size) < SMALLEST["f32"]:
         return narrow("f32", *two_sum(np.multiply(a, b, dtype=np.float64), c.astype(np.float64)))
     return total.astype(np.float32)
 

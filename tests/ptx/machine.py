@@ -13,7 +13,7 @@ import numpy as np
 
 from .block import Block, Schedule, align_up
 from .counters import Counters
-from .memory import CONST, GLOBAL, Memory
+from .memory import CONST, GLOBAL, Buffer, Memory
 from .parser import Module
 from .syntax import TYPE_BITS, Function, Immediate, PtxError, Symbol, Variable
 
@@ -41,19 +41,47 @@ class Machine:
         self.module = module
         self.counters = Counters()
         self.memory = Memory(self.counters)
-        self._blocks: dict[tuple[str, tuple[int, int, int], int], Block] = {}
+        self._blocks: dict[tuple[str, tuple[int, int, int]], Block] = {}
         self._symbols: dict[str, int] = {}
+        self._arrays: list[Buffer] = []
         self.variables: dict[str, np.ndarray] = {}
         self._place_variables()
 
-    def buffer(self, array: np.ndarray, name: str, writable: bool = False, align: int = 256) -> int:
-        """Maps an array; the address has exactly this alignment. Kernels cannot leave it."""
+    def buffer(
+        self,
+        array: np.ndarray,
+        name: str,
+        writable: bool = False,
+        align: int = 256,
+        address: int | None = None,
+    ) -> int:
+        """Maps an array, which kernels cannot leave; its address has exactly this alignment, or is given.
+
+        Arrays at given addresses have no guards: what is behind one of them may be another.
+        """
         if not array.flags.c_contiguous or (writable and not array.flags.writeable):
             raise ValueError(f"{name} is not contiguous, or not writable")
         if any(buffer.name == name for buffer in self.memory.buffers):
             raise ValueError(f"there is a buffer {name}")
         data = array.reshape(-1).view(np.uint8)
-        return self.memory.add(name, data, writable, GLOBAL, align).base
+        if address is None:
+            self._arrays.append(self.memory.add(name, data, writable, GLOBAL, align))
+            return self._arrays[-1].base
+        for other in self.memory.buffers:
+            if address < other.base + other.size and other.base < address + data.size:
+                raise ValueError(f"{name} overlaps {other.name}")
+        buffer = Buffer(name, address, data, writable)
+        if buffer.window != GLOBAL or address == 0:
+            raise ValueError(f"{name} is at {address:#x}, which is no address of global memory")
+        self._arrays.append(self.memory.put(buffer))
+        return address
+
+    def forget(self) -> None:
+        """Unmaps the arrays and starts the counters again. What has been decoded of kernels is kept."""
+        for buffer in self._arrays:
+            self.memory.remove(buffer)
+        self._arrays.clear()
+        self.counters = self.memory.counters = Counters(_known=self.counters._known)
 
     def pack(self, kernel: str, *arguments: Any) -> bytes:
         """The bytes of a kernel's parameters from addresses, numbers, bytes and ctypes structures."""
@@ -83,13 +111,13 @@ class Machine:
         function = self.module.entry(kernel)
         shape, blocks = _three(block), _three(grid)
         self._check(function, shape)
-        key = (function.name, shape, shared_bytes)
+        key = (function.name, shape)
         if key not in self._blocks:
-            self._blocks[key] = Block(self.memory, self.module, function, self._symbols, shape, shared_bytes)
+            self._blocks[key] = Block(self.memory, self.module, function, self._symbols, shape)
         runner = self._blocks[key]
         try:
             with np.errstate(all="ignore"):
-                runner.launch(blocks, params, schedule)
+                runner.launch(blocks, shared_bytes, params, schedule)
         finally:
             runner.collect(self.counters)
             for module, lines in _recorders:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """State spaces. Every access is checked for its bounds, alignment and permission.
 
-Generic addresses tell their space by bits 40 and up. Addresses in .shared are offsets, as they must fit in
-32 bits; in the other spaces, addresses are generic ones.
+Generic addresses tell their space by bits 40 and up; those of no other space are global, so that arrays may
+keep the addresses that they have in this process. Addresses in .shared are offsets, as they must fit in 32
+bits; in the other spaces, addresses are generic ones.
 """
 
 from __future__ import annotations
@@ -22,23 +23,35 @@ GUARD = 1 << 28  # between buffers
 POISON = 0xFF  # what nobody has written: NaN
 
 
+def in_window(addresses: np.ndarray, window: int) -> np.ndarray:
+    """Which of the generic addresses are of a space."""
+    bits = addresses >> addresses.dtype.type(WINDOW_BITS)
+    if window != GLOBAL:
+        return bits == bits.dtype.type(window)
+    return ~np.isin(bits, (SHARED, LOCAL, PARAM, CONST))
+
+
 class Buffer:
     """Bytes at an address."""
 
     def __init__(self, name: str, base: int, data: np.ndarray, writable: bool) -> None:
         self.name = name
         self.base = base
+        window = base >> WINDOW_BITS
+        self.window = window if window in WINDOWS.values() else GLOBAL
         self.data = data
         self.size = data.size
         self.writable = writable
+        self.mapped = True
         self._rows: dict[tuple[np.dtype, int], np.ndarray] = {}
 
     def rows(self, dtype: np.dtype, count: int) -> np.ndarray:
-        """The bytes as rows of `count` elements."""
+        """The bytes as rows of `count` elements: those at multiples of their size."""
         rows = self._rows.get((dtype, count))
         if rows is None:
             size = dtype.itemsize * count
-            rows = self.data[: self.data.size // size * size].view(dtype)
+            first = -self.base % size
+            rows = self.data[first : first + (self.data.size - first) // size * size].view(dtype)
             rows = rows.reshape(-1, count) if count > 1 else rows
             self._rows[dtype, count] = rows
         return rows
@@ -85,6 +98,10 @@ class Memory:
         self.buffers = [b for b in self.buffers if b.base != buffer.base] + [buffer]
         return buffer
 
+    def remove(self, buffer: Buffer) -> None:
+        self.buffers.remove(buffer)
+        buffer.mapped = False
+
     def nearest(self, address: int) -> Buffer | None:
         """The buffer whose bytes or whose guard this is."""
 
@@ -115,7 +132,7 @@ class Access:
         if int(np.bitwise_or.reduce(addresses)) & (self.size - 1):
             worst = addresses[(addresses & (self.size - 1)) != 0][0]
             self._fail("misaligned", int(worst) + self._origin)
-        if self._last is not None:
+        if self._last is not None and self._last.mapped:
             offsets = addresses - (self._last.base - self._origin)
             if np.maximum.reduce(offsets.view(np.uint64)) <= self._last.size - self.size:
                 return [(self._last, slice(None), self._last.place(offsets, lanes))]
@@ -146,7 +163,7 @@ class Access:
         buffer = self.memory.nearest(address)
         if buffer is None or not 0 <= address - buffer.base <= buffer.size - self.size:
             self._fail("out of bounds", address)
-        if buffer.base >> WINDOW_BITS not in self._windows:
+        if buffer.window not in self._windows:
             self._fail("wrong state space", address)
         if self.write and not buffer.writable:
             self._fail("read-only", address)
@@ -183,11 +200,10 @@ class Access:
         self, pieces: list[Piece], addresses: np.ndarray, lanes: np.ndarray | None, write: bool
     ) -> None:
         for buffer, at, _ in pieces:
-            window = buffer.base >> WINDOW_BITS
-            if window in (GLOBAL, SHARED):
+            if buffer.window in (GLOBAL, SHARED):
                 its_lanes = lanes if isinstance(at, slice) else at if lanes is None else lanes[at]
                 ins, counters = self.instruction, self.memory.counters
-                if window == GLOBAL:
+                if buffer.window == GLOBAL:
                     counters.on_global(buffer.name, addresses[at], its_lanes, self.size, write)
                 else:
                     counters.on_shared(

@@ -133,6 +133,15 @@ class Module:
             )
         return self.function(found[0].name)
 
+    def alone(self, name: str) -> str:
+        """The text without the other kernels."""
+        kept, at, pieces = self.entry(name), 0, []
+        for function in sorted(self.functions.values(), key=lambda f: f.header):
+            if function.entry and function is not kept:
+                pieces.append(self.text[at : function.header])
+                at = function.stop + 1
+        return "".join([*pieces, self.text[at:]])
+
     def _line(self) -> int:
         return bisect.bisect_left(self._lines, self._at) + 1
 
@@ -199,6 +208,7 @@ class Module:
         return operand
 
     def _function(self) -> None:
+        begin = self._at
         header = self._until("{;")
         match = re.match(
             rf"{_LINKAGE}\.(entry|func)\s*(?:\.noreturn\s*)?(\(.*?\))?\s*({_NAME})\s*(\(.*?\))?(.*)$",
@@ -229,6 +239,7 @@ class Module:
             variables(parameters),
             variables(returns),
             directives,
+            begin,
             self._at if defined else None,
         )
         if defined:
@@ -242,7 +253,7 @@ class Module:
         scopes = _Scopes()
         self._ranges = {}
         self._seen = {}
-        raw: list[tuple[str, int, tuple[int, ...]]] = []
+        raw: list[tuple[str, int, tuple[int, ...], int]] = []
         while self._skip_space():
             c = self._source[self._at]
             if c in "{}":
@@ -265,7 +276,7 @@ class Module:
                 else:
                     function.labels[name] = len(raw)
                 continue
-            line = self._line()
+            line, position = self._line(), self._at
             text = self._until(";")
             self._at += 1
             if text.startswith(".reg"):
@@ -279,9 +290,9 @@ class Module:
                 if not text.startswith(".pragma"):
                     self._fail(text)
             else:
-                raw.append((text, line, tuple(scopes.stack)))
-        for text, line, where in raw:  # labels are known now
-            function.body.append(self._instruction(function, text, line, where))
+                raw.append((text, line, tuple(scopes.stack), position))
+        for text, line, where, position in raw:  # labels are known now
+            function.body.append(self._instruction(function, text, line, where, position))
 
     def _registers(self, function: Function, text: str, scopes: _Scopes) -> None:
         match = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text, re.S)
@@ -308,7 +319,9 @@ class Module:
                     return name + suffix
         return None
 
-    def _instruction(self, function: Function, text: str, line: int, scopes: tuple[int, ...]) -> Instruction:
+    def _instruction(
+        self, function: Function, text: str, line: int, scopes: tuple[int, ...], position: int
+    ) -> Instruction:
         shown = " ".join(text.split())
         match = _INSTRUCTION.match(text)
         if not match:
@@ -345,7 +358,7 @@ class Module:
                 guard = Register(resolved.name, bool(negated))
         except PtxError as error:
             raise PtxError(f"line {line}: {shown}\n  {error}") from None
-        return Instruction(opcode, operands, guard, line, shown, scopes)
+        return Instruction(opcode, operands, guard, line, shown, scopes, position)
 
 
 def parse_operand(text: str, resolve: Callable[[str], Operand]) -> Operand:

@@ -120,6 +120,7 @@ class Instruction:
     line: int
     text: str
     scopes: tuple[int, ...] = ()
+    position: int = 0  # of its text
 
     @property
     def name(self) -> str:
@@ -136,7 +137,8 @@ class Function:
     parameters: list[Variable]
     returns: list[Variable]
     directives: dict[str, tuple[int, ...]]
-    start: int | None  # of its text, behind the {; None where it is only declared
+    header: int  # where its text begins
+    start: int | None  # of its body's text, behind the {; None where it is only declared
     stop: int = 0  # of its text, at the }
     loaded: bool = False  # bodies are parsed when they are asked for
     body: list[Instruction] = field(default_factory=list)

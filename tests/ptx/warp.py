@@ -41,6 +41,10 @@ class Collective:
         here = as_lanes(mask, self.block.lanes)
         alive = pack_lanes(self.block.alive)
         present = pack_lanes(here)
+        if (present[present != 0] == FULL).all() and (
+            self.members is None or (self.members[here] == FULL).all()
+        ):
+            return mask  # whole warps
         if self.aligned and (alive[present != 0] != FULL).any():
             raise PtxError("lanes of the warp have exited")
         if self.members is None:

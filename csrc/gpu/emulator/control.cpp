@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What palmette.testing asks of an emulator that it has loaded: schedules, and the bytes that were moved.
+// What palmette.testing asks of an emulator that it has loaded: schedules, launches, and the bytes that were
+// moved.
 #include <cstring>
 
 #include "gpu/emulator/checker.h"
@@ -15,6 +16,9 @@ EXPORTED void palmette_emulator_configure(int order, uint64_t seed, int warp_siz
   options().warp_size = warp_size;
   options().shared_limit = shared_limit;
 }
+
+// Has every launch told to `recorder`, until it is null again.
+EXPORTED void palmette_emulator_record(Recorder recorder) { options().recorder = recorder; }
 
 // Bytes that the last operator read, wrote and updated atomically in the buffer of that name. Returns 0 where
 // there is none; only the check build counts.

@@ -8,6 +8,7 @@
 #include "gpu/emulator/checker.h"
 #include "gpu/emulator/language.h"
 #include "gpu/emulator/options.h"
+#include "gpu/emulator/record.h"
 #include "gpu/emulator/runtime.h"
 #include "gpu/emulator/warp.h"
 #include "gpu/library.h"
@@ -78,11 +79,26 @@ inline size_t shared_limit() { return emulator::options().shared_limit; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            const LaunchContext&, Arguments&&... arguments) {
+            const LaunchContext& context, Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
   } call{kernel, {static_cast<Parameters>(arguments)...}};
+  const emulator::Recorder recorder = emulator::options().recorder;
+  std::vector<unsigned char> parameters;
+  emulator::LaunchRecord record{};
+  if (recorder != nullptr) {
+    parameters = emulator::packed(call.arguments);
+    record = {name,
+              {grid.x, grid.y, grid.z},
+              {block.x, block.y, block.z},
+              shared_bytes,
+              parameters.data(),
+              parameters.size(),
+              context.extents,
+              context.num_extents};
+    recorder(&record, 0);
+  }
   emulator::run_grid(
       grid, block, shared_bytes,
       [](void* context) {
@@ -90,6 +106,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
         std::apply(call.kernel, call.arguments);
       },
       &call, sizeof(call), name);
+  if (recorder != nullptr) recorder(&record, 1);
 }
 
 }  // namespace palmette::gpu

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "gpu/emulator/record.h"
+
 namespace palmette::emulator {
 
 enum class Order { forward, reverse, random };  // of warps, of lanes in a warp, and of blocks
@@ -14,6 +16,7 @@ struct Options {
   int workers = 1;                  // OS threads that share the blocks out
   int warp_size = 32;               // 32 or 64
   size_t shared_limit = 227 << 10;  // bytes of shared memory that a block may have (H100)
+  Recorder recorder = nullptr;
 };
 
 Options& options();

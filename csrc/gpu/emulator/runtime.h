@@ -14,6 +14,7 @@
 //   collective.cpp lanes of a warp that wait for each other
 //   copy.cpp       cp.async: copies that land when they are waited for
 //   launch.cpp     blocks, workers, shared memory
+//   record.h       launches as tests see them
 //   checker.h      the check build: races, bounds, what nobody has written
 #pragma once
 
