@@ -227,6 +227,28 @@ def test_bytes_are_counted(build):
     assert emulator.traffic()[2] >= 4 * 7 * (3 * 96 + 1)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "n", "block", "sectors", "wavefronts"),
+    [
+        # (read requests, sectors, write requests, sectors), (requests, wavefronts, the least)
+        ("strides", 1, 32, (0, 0, 2, 4 + 1), (4, 4, 4)),
+        ("strides", 1, 64, (0, 0, 3, 8 + 1), (7, 7, 7)),  # two warps
+        ("strides", 1, 20, (0, 0, 2, 3 + 1), (4, 4, 4)),
+        ("strides", 2, 32, (0, 0, 2, 8 + 1), (4, 6, 4)),
+        ("strides", 8, 32, (0, 0, 2, 32 + 1), (4, 2 * 8 + 1 + 2, 4)),
+        ("quads", 4, 32, (1, 16, 0, 0), (1, 4, 4)),  # 8 lanes at a time
+        ("quads", 8, 32, (1, 16, 0, 0), (1, 8, 4)),
+    ],
+)
+def test_requests_are_counted(build, schedule, kernel, n, block, sectors, wavefronts):
+    if not build.checked:
+        pytest.skip("counted by the check build only")
+    emulator.configure(*schedule, 1, 32, count_requests=True)
+    run(kernel, n, block=block, size=512)
+    assert emulator.sectors() == sectors
+    assert emulator.wavefronts() == wavefronts
+
+
 def test_sync_orders_the_memory_of_a_warp():
     assert (run("sync_in_a_warp", 3, size=64) == 2 + (np.arange(64) ^ 1)).all()
 

@@ -204,3 +204,36 @@ class TestBytes:
         plan = palmette.plan_tree_attention(case.plan.tree, "tokens", target="gpu", **sizes)
         case = case._replace(plan=plan)
         assert bytes_of_kv(case) == self.expected(case)
+
+
+@pytest.mark.skipif("emulated_check" not in testing.backends(), reason="the check build is not there")
+class TestRequests:
+    """What tests/test_ptx_kernels.py finds in nvcc's PTX, the emulator finds in the sources."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("head_dim", [64, 80, 128])
+    def test_keys_and_values_fill_their_sectors(self, head_dim, dtype):
+        case = make_case([-1, 0, 0], [70, 3, 3], q_heads=4, kv_heads=1, head_dim=head_dim, dtype=dtype)
+        with testing.emulator(count_requests=True):
+            kv_bytes = bytes_of_kv(case)
+        sectors = testing.traffic("k").read_sectors + testing.traffic("v").read_sectors
+        assert sectors * 32 == kv_bytes
+
+    @pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 96, 112, 128, 192, 256])
+    def test_matrices_have_no_bank_conflicts(self, head_dim):
+        case = make_case(
+            [-1, 0, 0], [70, 3, 3], q_heads=2, kv_heads=1, head_dim=head_dim, dtype=torch.bfloat16
+        )
+        with testing.emulator(count_requests=True), testing.backend("emulated_check"):
+            palmette.tree_attention(case.q, case.k, case.v, case.plan)
+        shared = testing.shared_traffic()
+        assert shared.requests > 0
+        assert shared.wavefronts - shared.least == sum(shared.conflicts.values())
+        for place in shared.conflicts:  # of a key's slot, once per tile
+            assert place.startswith("tiles_gpu.cuh"), shared.conflicts
+
+    def test_nothing_is_counted_without_being_asked(self):
+        case = make_case([-1, 0], [20, 3])
+        bytes_of_kv(case)
+        assert testing.traffic("k").read_sectors == 0
+        assert testing.shared_traffic() == testing.SharedTraffic(0, 0, 0, {})

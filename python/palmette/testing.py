@@ -70,7 +70,12 @@ def backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def emulator(
-    *, order: str = "forward", seed: int = 1, warp_size: int = 32, shared_limit: int = 227 << 10
+    *,
+    order: str = "forward",
+    seed: int = 1,
+    warp_size: int = 32,
+    shared_limit: int = 227 << 10,
+    count_requests: bool = False,
 ) -> Iterator[None]:
     """How the emulators execute kernels while the enclosed code runs.
 
@@ -79,6 +84,8 @@ def emulator(
         seed: of the random order; the same seed is the same schedule.
         warp_size: 32, or 64 as on some AMD GPUs, where kernels use no tensor cores.
         shared_limit: bytes of shared memory that a block may have. Default: an H100's.
+        count_requests: ``"emulated_check"`` counts requests, sectors and conflicts of banks too, which makes
+            it slower.
 
     Raises:
         ValueError: order or warp_size is unknown.
@@ -92,23 +99,31 @@ def emulator(
     def configure(*options: int) -> None:
         for library in libraries:
             library.palmette_emulator_configure(
-                options[0], ctypes.c_uint64(options[1]), options[2], ctypes.c_uint64(options[3])
+                options[0], ctypes.c_uint64(options[1]), options[2], ctypes.c_uint64(options[3]), options[4]
             )
 
-    configure(_ORDERS.index(order), seed, warp_size, shared_limit)
+    configure(_ORDERS.index(order), seed, warp_size, shared_limit, int(count_requests))
     try:
         yield
     finally:
-        configure(0, 1, 32, 227 << 10)
+        configure(0, 1, 32, 227 << 10, 0)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that kernels moved between one tensor and the chip, each time an instruction asked for them."""
+    """Bytes that kernels moved between one tensor and the chip, each time an instruction asked for them.
+
+    With ``emulator(count_requests=True)``, also what a warp asks for by one instruction (a request), and the
+    sectors of 32 bytes that the requests touch.
+    """
 
     read: int
     written: int
     atomic: int
+    read_requests: int = 0
+    read_sectors: int = 0
+    write_requests: int = 0
+    write_sectors: int = 0
 
 
 def traffic(name: str) -> Traffic:
@@ -118,10 +133,48 @@ def traffic(name: str) -> Traffic:
         ValueError: that operator had no such tensor, or the check build of the emulator is missing.
     """
     library = _emulator("emulated_check")
-    counts = (ctypes.c_uint64 * 3)()
+    counts = (ctypes.c_uint64 * 7)()
     if library is None or not library.palmette_emulator_traffic(name.encode(), counts):
         raise ValueError(f"name must be a tensor of the last operator on 'emulated_check', got {name!r}")
     return Traffic(*counts)
+
+
+@dataclass(frozen=True)
+class SharedTraffic:
+    """What shared memory did for the warps of an operator.
+
+    Attributes:
+        requests: what a warp asks for by one instruction.
+        wavefronts: a wavefront gives each of the 32 banks one word of 4 bytes.
+        least: wavefronts that the same words would take if no two of a request shared a bank.
+        conflicts: wavefronts above the least, by line of the source (``"product.cuh:30"``).
+    """
+
+    requests: int
+    wavefronts: int
+    least: int
+    conflicts: dict[str, int]
+
+
+def shared_traffic() -> SharedTraffic:
+    """What the last operator on ``"emulated_check"`` did to shared memory.
+
+    It is counted in the enclosed code of ``emulator(count_requests=True)``; elsewhere all counts are 0.
+
+    Raises:
+        ValueError: the check build of the emulator is missing.
+    """
+    library = _emulator("emulated_check")
+    if library is None:
+        raise ValueError("the backend 'emulated_check' is not built")
+    counts = (ctypes.c_uint64 * 3)()
+    library.palmette_emulator_shared_traffic.restype = ctypes.c_char_p
+    conflicts: dict[str, int] = {}
+    for line in library.palmette_emulator_shared_traffic(counts).decode().splitlines():
+        place, wavefronts = line.rsplit(" ", 1)
+        conflicts[place] = conflicts.get(place, 0) + int(wavefronts)
+    requests, wavefronts, least = counts
+    return SharedTraffic(requests, wavefronts, least, conflicts)
 
 
 @dataclass(frozen=True)

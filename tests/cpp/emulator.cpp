@@ -4,11 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "gpu/emulator/checker.h"
 #include "gpu/emulator/options.h"
+#include "gpu/emulator/requests.h"
 #include "gpu/ptx.cuh"
 
 namespace py = pybind11;
@@ -336,6 +338,21 @@ KERNEL(sync_in_a_warp) {
   out[thread()] = value;
 }
 
+KERNEL(
+    strides) {  // a write and three reads of shared memory: `n` words apart, all of one word, and of 8 lanes
+  auto& s = gpu::shared<Numbers>();
+  s.x[thread() * n % 256] = thread();
+  __syncthreads();
+  out[thread() * n % 256] = s.x[thread() * n % 256] + s.x[0];
+  if (thread() < 8) out[256 + thread()] = s.x[thread() * n];
+}
+KERNEL(quads) {  // 16 bytes a lane, `n` words apart
+  auto& s = gpu::shared<Numbers>();
+  ptx::copy_async_16(&s.x[thread() * n % 256], out + 4 * thread());
+  ptx::commit_copies();
+  ptx::wait_for_copies<0>();
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(int*, int);
@@ -389,6 +406,8 @@ constexpr Entry kKernels[] = {
     ENTRY(shift_too_far),
     ENTRY(barrier_without_arrivals),
     ENTRY(sync_in_a_warp),
+    ENTRY(strides),
+    ENTRY(quads),
     ENTRY(matrix_row_misaligned),
     ENTRY(matrix_row_not_shared),
 };
@@ -400,15 +419,20 @@ dim3 size_of(const Size& s) { return {std::get<0>(s), std::get<1>(s), std::get<2
 
 std::vector<int> run(const std::string& name, int n, const Size& grid, const Size& block,
                      std::vector<int> out) {
-  // cp.async wants 16-byte alignment, which the allocator of a vector gives
+  // as torch's memory, at a multiple of 64 bytes
+  std::vector<int> storage(out.size() + 16);
+  const auto address = reinterpret_cast<uintptr_t>(storage.data());
+  int* data = storage.data() + (64 - address % 64) % 64 / sizeof(int);
+  std::copy(out.begin(), out.end(), data);
   for (const Entry& entry : kKernels) {
     if (name != entry.name) continue;
     if constexpr (emulator::kChecked) {
       emulator::forget_buffers();
-      emulator::register_buffer(out.data(), out.size() * sizeof(int), "out", true);
+      emulator::register_buffer(data, out.size() * sizeof(int), "out", true);
     }
-    gpu::launch(entry.name, entry.kernel, size_of(grid), size_of(block), sizeof(Numbers), {}, out.data(), n);
+    gpu::launch(entry.name, entry.kernel, size_of(grid), size_of(block), sizeof(Numbers), {}, data, n);
     if constexpr (emulator::kChecked) last_traffic = *emulator::traffic_of("out");
+    std::copy_n(data, out.size(), out.begin());
     return out;
   }
   throw py::key_error("no such kernel: " + name);
@@ -456,23 +480,35 @@ void multiply(bool half, const py::buffer& a, const py::buffer& b, const py::buf
               from_a, from_b, to);
 }
 
-void configure(const std::string& order, uint64_t seed, int workers, int warp_size) {
+void configure(const std::string& order, uint64_t seed, int workers, int warp_size, bool count_requests) {
   using emulator::Order;
   emulator::Options& o = emulator::options();
   o.order = order == "forward" ? Order::forward : order == "reverse" ? Order::reverse : Order::random;
   o.seed = seed;
   o.workers = workers;
   o.warp_size = warp_size;
+  o.count_requests = count_requests;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(PALMETTE_MODULE, m) {
   m.attr("checked") = emulator::kChecked;
-  m.def("configure", &configure);
+  m.def("configure", &configure, py::arg("order"), py::arg("seed"), py::arg("workers"), py::arg("warp_size"),
+        py::arg("count_requests") = false);
   m.def("run", &run, py::call_guard<py::gil_scoped_release>());
   m.def("multiply", &multiply);
   m.def("traffic", [] {
     return py::make_tuple(last_traffic.bytes_read, last_traffic.bytes_written, last_traffic.bytes_atomic);
   });
+  if constexpr (emulator::kChecked) {
+    m.def("sectors", [] {
+      const emulator::BufferTraffic& t = last_traffic;
+      return py::make_tuple(t.read_requests, t.read_sectors, t.write_requests, t.write_sectors);
+    });
+    m.def("wavefronts", [] {
+      const auto& shared = emulator::requests::shared();
+      return py::make_tuple(shared.requests, shared.wavefronts, shared.least);
+    });
+  }
 }

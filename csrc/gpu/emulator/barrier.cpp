@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // __syncthreads (barrier 0, all threads that have not returned) and named barriers (bar.sync, bar.arrive).
 #include "gpu/emulator/checker.h"
+#include "gpu/emulator/requests.h"
 
 namespace palmette::emulator {
 
@@ -34,6 +35,7 @@ void release_barrier(Worker& worker, int id) {
   const unsigned expected = barrier.expected != 0 ? barrier.expected : worker.alive;
   if (barrier.arrived == 0 || barrier.arrived < expected) return;
   if constexpr (kChecked) {
+    if (options().count_requests) requests::settle(barrier.waiting.data(), barrier.waiting.size());
     if (barrier.expected == 0) {
       checker::all_met();
     } else {

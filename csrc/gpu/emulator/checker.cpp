@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gpu/emulator/checker.h"
 
+#include "gpu/emulator/requests.h"
+
 #if PALMETTE_EMULATOR_CHECK
 
 #include <dlfcn.h>
@@ -53,9 +55,11 @@ std::set<std::pair<const char*, int>> sites;  // sites in place of code addresse
 uint32_t* clocks_of(unsigned thread) { return state.clocks.data() + thread * state.threads; }
 uint32_t& own_clock(const RunningThread& thread) { return clocks_of(thread.number)[thread.number]; }
 
+}  // namespace
+
 // ---- reports
 
-std::string place(const void* address) {
+std::string checker::place(const void* address) {
   if (address == nullptr) return "an instruction";
   for (const auto& site : sites) {
     if (&site == address) return text_of({site.first, site.second});
@@ -76,7 +80,8 @@ std::string place(const void* address) {
       text.erase(std::min(text.find(" ("), text.size()));
       // the innermost line that is no helper of ours
       const bool helper = text.starts_with("language.h") || text.starts_with("atomics.h") ||
-                          text.starts_with("warp.h") || text.starts_with("gpu.cuh") || text.starts_with('?');
+                          text.starts_with("warp.h") || text.starts_with("emulated.h") ||
+                          text.starts_with("gpu.cuh") || text.starts_with('?');
       if (!helper) found = text;
     }
     pclose(output);
@@ -85,6 +90,12 @@ std::string place(const void* address) {
   std::snprintf(command, sizeof command, "code+0x%zx", offset);
   return command;
 }
+
+const void* checker::address_of(Site site) { return &*sites.emplace(site.file, site.line).first; }
+
+namespace {
+
+using checker::place;
 
 const char* word(Access kind) {
   return kind == Access::read ? "read" : kind == Access::write ? "write" : "atomic";
@@ -192,7 +203,10 @@ void register_buffer(const void* data, size_t bytes, const char* name, bool writ
   if (writable) buffer.cells.resize(bytes);
   state.buffers.push_back(std::move(buffer));
 }
-void forget_buffers() { state.buffers.clear(); }
+void forget_buffers() {
+  state.buffers.clear();
+  requests::shared() = {};
+}
 const BufferTraffic* traffic_of(const char* name) {
   for (const Buffer& buffer : state.buffers) {
     if (buffer.name == name) return &buffer.traffic;
@@ -233,6 +247,7 @@ void access(RunningThread& thread, const void* where, size_t bytes, Access kind,
     check_alignment(data, bytes, kind, "shared memory", offset, address);
     for (size_t i = 0; i < bytes; ++i)
       check_byte(thread, state.shared[offset + i], kind, address, "shared memory", offset + i, false);
+    if (options().count_requests) requests::note(thread, data, bytes, kind, address, nullptr);
     return;
   }
   if (Buffer* buffer = find_buffer(data, bytes)) {
@@ -244,6 +259,7 @@ void access(RunningThread& thread, const void* where, size_t bytes, Access kind,
     (kind == Access::read    ? traffic.bytes_read
      : kind == Access::write ? traffic.bytes_written
                              : traffic.bytes_atomic) += bytes;
+    if (options().count_requests) requests::note(thread, data, bytes, kind, address, &traffic);
     if (kind == Access::atomic) state.acquired = true;
     for (size_t i = 0; i < bytes && buffer->writable; ++i)
       check_byte(thread, buffer->cells[offset + i], kind, address, buffer->name, offset + i, true);
@@ -256,7 +272,7 @@ void access(RunningThread& thread, const void* where, size_t bytes, Access kind,
 
 void copy_issued(RunningThread& thread, const void* to, const void* from, size_t bytes, size_t source_bytes,
                  Site site) {
-  const void* address = &*sites.emplace(site.file, site.line).first;
+  const void* address = address_of(site);
   if (source_bytes > 0) access(thread, from, source_bytes, Access::read, address);
   access(thread, to, bytes, Access::write, address);
   const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(to) - worker_of(thread).shared);

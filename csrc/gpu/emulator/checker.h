@@ -15,6 +15,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "gpu/emulator/engine.h"
 
@@ -26,11 +27,10 @@ namespace palmette::emulator {
 
 constexpr bool kChecked = PALMETTE_EMULATOR_CHECK;
 
-enum class Access { read, write, atomic };
-
 // Buffers of global memory, for the launches to come.
 struct BufferTraffic {
   uint64_t bytes_read, bytes_written, bytes_atomic;
+  uint64_t read_requests, read_sectors, write_requests, write_sectors;  // requests.h
 };
 void register_buffer(const void* data, size_t bytes, const char* name, bool writable);
 void forget_buffers();
@@ -50,6 +50,11 @@ void these_met(RunningThread* const* threads,
                size_t count);                      // those who wait at a barrier, or a warp's lanes
 void arrived(RunningThread& thread, int barrier);  // bar.arrive
 void arrivals_met(int barrier, RunningThread* const* threads, size_t count);
+
+// A line of the source: of `address` as access() got it.
+std::string place(const void* address);
+// What stands for an address where only the line is known.
+const void* address_of(Site site);
 
 }  // namespace checker
 

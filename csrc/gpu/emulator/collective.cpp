@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "gpu/emulator/checker.h"
+#include "gpu/emulator/requests.h"
 
 namespace palmette::emulator {
 
@@ -29,6 +30,18 @@ void check_agreement(const RunningThread& a, const RunningThread& b) {
        Hex{a.mask}, text_of(a.site).c_str(), b.lane, b.what, Hex{b.mask}, text_of(b.site).c_str());
 }
 
+// What lanes asked memory for belongs together up to here.
+void settle_requests([[maybe_unused]] Warp& warp, [[maybe_unused]] LaneMask lanes) {
+  if constexpr (kChecked) {
+    if (!options().count_requests) return;
+    RunningThread* threads[kMaxLanes];
+    size_t count = 0;
+    for (LaneMask left = lanes; left != 0; left &= left - 1)
+      threads[count++] = warp.lane[std::countr_zero(left)];
+    requests::settle(threads, count);
+  }
+}
+
 // The collective of one mask; false when somebody is missing.
 bool run_mask(Warp& warp, LaneMask mask) {
   const LaneMask needed = mask & warp.alive;
@@ -45,7 +58,9 @@ bool run_mask(Warp& warp, LaneMask mask) {
   }
   RunningThread& here = running();
   here.in_engine = true;
+  settle_requests(warp, needed);
   first.function(arguments, lanes, needed);
+  settle_requests(warp, needed);
   here.in_engine = false;
   warp.waiting &= ~needed;
   for (LaneMask left = needed; left != 0; left &= left - 1) make_ready(*warp.lane[std::countr_zero(left)]);

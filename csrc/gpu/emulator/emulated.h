@@ -2,6 +2,7 @@
 // gpu.cuh on the emulator.
 #pragma once
 
+#include <bit>
 #include <tuple>
 
 #include "gpu/emulator/atomics.h"
@@ -29,13 +30,25 @@ S& shared() {
   return *static_cast<S*>(emulator::shared_memory(sizeof(S)));
 }
 
+// One access of all bytes of T, as on a GPU: the compiler may not go through its members.
+template <size_t kBytes>
+using Word =
+    std::conditional_t<kBytes == 16, unsigned __int128, std::conditional_t<kBytes == 8, uint64_t, uint32_t>>;
+template <class T>
+constexpr bool kIsWide = sizeof(T) == alignof(T) && (sizeof(T) == 8 || sizeof(T) == 16);
 template <class T>
 T load(const T* address) {
-  return *address;
+  if constexpr (kIsWide<T>)
+    return std::bit_cast<T>(*reinterpret_cast<const Word<sizeof(T)>*>(address));
+  else
+    return *address;
 }
 template <class T>
 void store(T* address, T value) {
-  *address = value;
+  if constexpr (kIsWide<T>)
+    *reinterpret_cast<Word<sizeof(T)>*>(address) = std::bit_cast<Word<sizeof(T)>>(value);
+  else
+    *address = value;
 }
 
 // ---- groups of 32 lanes

@@ -17,6 +17,19 @@ enum class State { ready, at_barrier, in_collective, done };
 
 struct Warp;
 
+enum class Access { read, write, atomic };
+
+// What a lane did since it last met others of its warp (requests.h).
+struct BufferTraffic;
+struct LaneAccess {
+  const void* code;
+  size_t part;
+  const void* data;
+  size_t bytes;
+  Access kind;
+  BufferTraffic* buffer;  // null: shared memory
+};
+
 struct AsyncCopy {
   void* to;
   const void* from;
@@ -41,6 +54,7 @@ struct RunningThread : Thread {
   // cp.async: copies issued, oldest first, and where committed groups end
   std::vector<AsyncCopy> copies;
   std::vector<size_t> groups;
+  std::vector<LaneAccess> accesses;
 };
 
 struct Warp {

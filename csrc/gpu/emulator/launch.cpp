@@ -87,8 +87,10 @@ void* shared_memory(size_t bytes) {
 
 void note_read([[maybe_unused]] Thread& thread, [[maybe_unused]] const void* data,
                [[maybe_unused]] size_t bytes) {
-  if constexpr (kChecked)
-    checker::access(static_cast<RunningThread&>(thread), data, bytes, Access::read, nullptr);
+  if constexpr (kChecked) {
+    auto& lane = static_cast<RunningThread&>(thread);
+    checker::access(lane, data, bytes, Access::read, checker::address_of(lane.site));
+  }
 }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context,

@@ -16,6 +16,7 @@ struct Options {
   int workers = 1;                  // OS threads that share the blocks out
   int warp_size = 32;               // 32 or 64
   size_t shared_limit = 227 << 10;  // bytes of shared memory that a block may have (H100)
+  bool count_requests = false;      // requests.h; slow
   Recorder recorder = nullptr;
 };
 

@@ -16,6 +16,7 @@
 //   launch.cpp     blocks, workers, shared memory
 //   record.h       launches as tests see them
 //   checker.h      the check build: races, bounds, what nobody has written
+//   requests.h     the check build: sectors of global memory, conflicts of banks in shared memory
 #pragma once
 
 #include <cstddef>

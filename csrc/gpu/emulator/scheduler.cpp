@@ -16,6 +16,7 @@
 #include <map>
 
 #include "gpu/emulator/checker.h"
+#include "gpu/emulator/requests.h"
 
 namespace palmette::emulator {
 
@@ -178,6 +179,14 @@ void yield() {
   wait_until_ready();
 }
 
+// What threads asked memory for before they returned.
+[[maybe_unused]] static void settle_block(Worker& worker) {
+  if (!options().count_requests) return;
+  std::vector<RunningThread*> threads;
+  for (RunningThread& thread : worker.threads) threads.push_back(&thread);
+  requests::settle(threads.data(), threads.size());
+}
+
 // The block's index, size and shared memory are set; threads are fresh.
 void run_block(Worker& worker) {
   const unsigned lanes = static_cast<unsigned>(warp_size());
@@ -204,6 +213,7 @@ void run_block(Worker& worker) {
     thread.in_engine = false;
     thread.copies.clear();
     thread.groups.clear();
+    thread.accesses.clear();
     worker.stacks.start(thread.fiber, i, enter_thread);
     make_ready(thread);
   }
@@ -211,6 +221,7 @@ void run_block(Worker& worker) {
   RunningThread* first = take_next(worker);
   set_current(first);
   jump(worker.main, first->fiber);
+  if constexpr (kChecked) settle_block(worker);
 }
 
 }  // namespace palmette::emulator
