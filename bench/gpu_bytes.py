@@ -20,9 +20,10 @@ import palmette
 import torch
 from palmette import testing
 
+from bench.pages import table, write_between
 from bench.trees import TreeShape, draft_paths, has_traces, reasoning_run, snapshot, token_tree
 
-BEGIN, END = "<!-- bytes: begin (python -m bench.gpu_bytes) -->", "<!-- bytes: end -->"
+PROGRAM = "python -m bench.gpu_bytes"
 SPLITS = {"per sequence": "sequence", "node": "node", "flatten": "flatten", "auto": "auto"}
 # What is counted by the emulator, small so that it takes minutes, and what the table is for: Llama 3 8B.
 SMALL = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 16}
@@ -83,10 +84,10 @@ def runs(every: int) -> Iterator[tuple[str, Queries, list[TreeShape]]]:
         yield f"Medusa {size}", (drafted, [0] * len(drafted)), [shape]
 
 
-def table(rows: list[Row]) -> str:
+def bytes_table(rows: list[Row]) -> str:
     head = ["tree", "steps", "per sequence", "mask over the union", "node", "flatten", "auto"]
     head += ["saved, a read per block", "saved, real passes", "partial states (auto)"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for row in rows:
         tokens = [
             row.read["per sequence"],
@@ -106,7 +107,7 @@ def table(rows: list[Row]) -> str:
                 f"{partial / 1e6:.2f} MB",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(lines)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -153,13 +154,10 @@ def main() -> int:
         print(f"{name}: {row.steps} steps", file=sys.stderr, flush=True)
     source = "recorded" if has_traces() else "generated"
     note = f"{source} trees; {checked} steps x 3 splits counted by the emulator, all equal to the formula."
-    text = f"{table(rows)}\n\n{note}"
+    text = f"{bytes_table(rows)}\n\n{note}"
     print(text)
     if arguments.write is not None:
-        page = arguments.write.read_text()
-        before, _, rest = page.partition(BEGIN)
-        _, _, after = rest.partition(END)
-        arguments.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        write_between(arguments.write, PROGRAM, "bytes", text)
     if arguments.plot is not None:
         plot(rows, arguments.plot)
     return 0
