@@ -11,7 +11,8 @@ import pytest
 import torch
 from palmette import testing
 
-ALL_BODIES = ("scalar", "avx2", "avx2x16", "avx512", "emulated")
+ALL_BODIES = ("scalar", "avx2", "avx2x16", "avx512", "emulated", "cuda")
+GPUS = (*testing.EMULATORS, "cuda")
 BODIES = tuple(body for body in ALL_BODIES if body in testing.backends())
 
 # Drawn examples are the same in every run, so a failure on CI is a failure here; nightly runs may ask for
@@ -39,7 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.config.getoption("--backends").split(",")
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", names, indirect=True)
-    cpu = [name for name in names if name not in testing.EMULATORS]
+    cpu = [name for name in names if name not in GPUS]
     if "isa" in metafunc.fixturenames:
         metafunc.parametrize("isa", cpu, indirect=True)
     if "machine" in metafunc.fixturenames:
@@ -53,14 +54,14 @@ def _seeded() -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every ISA body that this CPU has, and on the GPU kernels under the emulator."""
+    """Runs the test on every ISA body that this CPU has, on the emulator, and on a GPU where there is one."""
     with testing.backend(request.param):
         yield request.param
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """As ``backend``, without the emulators: for what only CPUs do."""
+    """As ``backend``, of the CPU only: for what no GPU kernel does."""
     with testing.backend(request.param):
         yield request.param
 

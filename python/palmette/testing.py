@@ -8,8 +8,11 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from palmette import _library  # registers the operators
 
@@ -31,11 +34,13 @@ def backends() -> tuple[str, ...]:
     """Names of what CPU tensors can run on here.
 
     The bodies that this machine runs, best first, down to ``"scalar"``; then the emulators of a GPU that are
-    built: ``"emulated"``, and ``"emulated_check"``, which looks at every access to memory.
+    built: ``"emulated"``, and ``"emulated_check"``, which looks at every access to memory; then ``"cuda"``,
+    where there is a GPU and kernels for it.
     """
     for name in EMULATORS:
         _emulator(name)
-    return tuple(torch.ops.palmette._backends().split(", "))
+    cuda = torch.cuda.is_available() and torch.ops.palmette._gpu_kernels("cuda") != ""
+    return (*torch.ops.palmette._backends().split(", "), *(("cuda",) if cuda else ()))
 
 
 def current_backend() -> str:
@@ -49,23 +54,68 @@ def current_backend() -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs the enclosed code on one CPU body, or on the GPU kernels as the emulator executes them.
+    """Runs the enclosed code on one CPU body, or on the GPU kernels as the emulator executes them, or a GPU.
 
-    The choice is global to the process, not to the thread.
+    The choice is global to the process, not to the thread; but for ``"cuda"``, which is the thread's.
 
     Args:
-        name: ``"scalar"``, ``"avx2"``, ``"avx2x16"``, ``"avx512"``, ``"emulated"`` or ``"emulated_check"``.
+        name: ``"scalar"``, ``"avx2"``, ``"avx2x16"``, ``"avx512"``, ``"emulated"``, ``"emulated_check"`` or
+            ``"cuda"``: there, operators' CPU tensors are copied to the GPU, and results back, at each call.
 
     Raises:
         ValueError: the backend does not exist, is not built, or this machine does not run it.
     """
     if name not in backends():
         raise ValueError(f"backend must be one of {', '.join(backends())}, got {name!r}")
+    if name == "cuda":
+        with _OperatorsOn("cuda"):
+            yield
+        return
     previous = torch.ops.palmette._set_backend(name)
     try:
         yield
     finally:
         torch.ops.palmette._set_backend(previous)
+
+
+class _OperatorsOn(TorchDispatchMode):
+    """While entered, the package's operators with GPU kernels run on copies of their tensors on a device.
+
+    Results come back to the CPU, and so does what an operator changes in place. So tests that make CPU
+    tensors are tests of a GPU too.
+
+    Args:
+        device: where they run.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = torch.device(device)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.name()
+        if func.namespace != "palmette" or not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+            return func(*args, **kwargs)
+        copies: dict[int, torch.Tensor] = {}
+
+        def there(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.to(self.device, copy=True)
+            return copies[id(tensor)]
+
+        moved_args, moved_kwargs = tree_map_only(torch.Tensor, there, (args, kwargs))
+        result = func(*moved_args, **moved_kwargs)
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            for tensor in given if isinstance(given, list | tuple) else [given]:
+                if tensor is not None:
+                    tensor.copy_(copies[id(tensor)])
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), result)
 
 
 @contextlib.contextmanager
