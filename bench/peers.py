@@ -73,7 +73,7 @@ class Prepared(NamedTuple):
 
 def prepare(case: Case, inputs: Inputs) -> Prepared:
     order = np.argsort(case.geometry.pos, kind="stable")
-    index = torch.from_numpy(order)
+    index = torch.from_numpy(order).to(inputs.q.device)
     q = inputs.q[index].view(len(order), case.num_kv_heads, case.group_size, case.head_dim)
     q = q.permute(1, 0, 2, 3).reshape(case.num_kv_heads, -1, case.head_dim)
     k, v = (x if inputs.slots is None else x[inputs.slots] for x in (inputs.k, inputs.v))
@@ -86,7 +86,7 @@ def _rows_mask(p: Prepared, begin: int, end: int, keys: np.ndarray) -> torch.Ten
     pos = p.pos[begin:end, None]
     hidden = (keys > pos) | (pos >= p.case.geometry.token_end[keys])
     mask = torch.zeros(hidden.shape, dtype=p.q.dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)
-    return mask.repeat_interleave(p.case.group_size, 0)
+    return mask.repeat_interleave(p.case.group_size, 0).to(p.q.device)
 
 
 # ------------------------------------------------------------------------ cascade: one call per node or level
@@ -258,14 +258,15 @@ def flex(p: Prepared) -> Contender:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     group = p.case.group_size
-    pos = torch.from_numpy(p.pos.astype(np.int32)).repeat_interleave(group)
-    end = torch.from_numpy(p.case.geometry.token_end.astype(np.int32))
+    device = p.q.device
+    pos = torch.from_numpy(p.pos.astype(np.int32)).repeat_interleave(group).to(device)
+    end = torch.from_numpy(p.case.geometry.token_end.astype(np.int32)).to(device)
 
     def visible(_b: Any, _h: Any, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= pos[row]) & (pos[row] < end[key])
 
     q, k, v = p.q[None], p.k[None], p.v[None]
-    block_mask = create_block_mask(visible, None, None, q.shape[2], k.shape[2], device="cpu")
+    block_mask = create_block_mask(visible, None, None, q.shape[2], k.shape[2], device=str(device))
     compiled = torch.compile(flex_attention, dynamic=False)
     try:
         compiled(q, k, v, block_mask=block_mask)
@@ -338,6 +339,7 @@ def ours(case: Case, inputs: Inputs) -> Contender:
         num_q_heads=case.num_q_heads,
         num_kv_heads=case.num_kv_heads,
         head_dim=case.head_dim,
+        device=inputs.q.device,
     )
     q, k, v, _ = inputs
     return Contender("palmette", lambda: palmette.tree_attention(q, k, v, plan), lambda out: out)

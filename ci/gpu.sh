@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # ci/gpu.sh [pytest options]: on a machine with an NVIDIA GPU, nvcc and a CUDA build of torch (TORCH=...): builds, runs the whole
-# suite, in which tests/test_cuda.py then runs too, and prints what the compiler made of the kernels.
+# suite, whose tests of kernels then run on the GPU too, and prints what the compiler made of the kernels and how fast they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ci/setup.sh demo test
@@ -17,3 +17,4 @@ print(f"palmette: {torch.cuda.get_device_name()}, torch {torch.__version__}")
 PY
 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest "$@"
 .venv/bin/python ci/cubins.py
+.venv/bin/python -m bench.gpu
