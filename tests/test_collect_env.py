@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import GPUS
 from palmette import __main__, collect_env, testing
 
 
@@ -29,7 +30,7 @@ def test_report_is_complete(capsys):
     assert "unavailable" not in printed
 
 
-@pytest.mark.parametrize("body", [b for b in testing.backends() if b not in testing.EMULATORS])
+@pytest.mark.parametrize("body", [b for b in testing.backends() if b not in GPUS])
 def test_environment_chooses_the_body(body):
     result = run("-m", "palmette", "env", PALMETTE_ISA=body)
     assert result.returncode == 0

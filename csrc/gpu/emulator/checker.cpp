@@ -18,7 +18,7 @@ namespace palmette::emulator {
 
 namespace {
 
-// What is known of one byte. Readers of two warps are kept, by warp and lane.
+// What is known of a byte, or of a word. Readers of two warps are kept, by warp and lane.
 struct Cell {
   uint32_t write_epoch = 0, write_clock = 0, write_block = 0;
   uint16_t writer = 0;
@@ -29,18 +29,45 @@ struct Cell {
   const void *write_address = nullptr, *read_address[2] = {};
 };
 
+// The cells of some memory. A word of 4 bytes that was only ever accessed as a whole has one, its first.
+class Shadow {
+ public:
+  void reset(size_t bytes) {
+    cells_.assign((bytes + 3) / 4 * 4, Cell{});
+    is_split_.assign(cells_.size() / 4, 0);
+  }
+  // f(cell, offset) for the cells of [offset, offset + bytes).
+  template <class F>
+  void visit(size_t offset, size_t bytes, F f) {
+    for (const size_t end = offset + bytes; offset < end;) {
+      const size_t word = offset / 4;
+      const bool whole = offset % 4 == 0 && end - offset >= 4 && is_split_[word] == 0;
+      if (!whole && is_split_[word] == 0) {
+        is_split_[word] = 1;
+        for (size_t i = 1; i < 4; ++i) cells_[4 * word + i] = cells_[4 * word];
+      }
+      f(cells_[offset], offset);
+      offset += whole ? 4 : 1;
+    }
+  }
+
+ private:
+  std::vector<Cell> cells_;
+  std::vector<char> is_split_;  // by word
+};
+
 struct Buffer {
   std::string name;
   const char* data;
   size_t bytes;
   bool writable;
-  std::vector<Cell> cells;  // of writable buffers
+  Shadow shadow;  // of writable buffers
   BufferTraffic traffic{};
 };
 
 struct {
   std::vector<Buffer> buffers;  // may overlap: views of one storage
-  std::vector<Cell> shared;
+  Shadow shared;
   std::vector<uint32_t> clocks;                   // [threads][threads]: what each knows of each
   std::vector<uint32_t> snapshots[kMaxBarriers];  // joined clocks of those who only arrived
   size_t threads = 0;
@@ -49,6 +76,8 @@ struct {
   const char* context = nullptr;
   size_t context_bytes = 0;
 } state;
+
+const std::string kSharedName = "shared memory";
 
 std::set<std::pair<const char*, int>> sites;  // sites in place of code addresses
 
@@ -112,13 +141,13 @@ const char* word(Access kind) {
        place(address).c_str(), other, place(other_address).c_str());
 }
 
-// ---- one byte
+// ---- one cell
 
 bool ordered(const RunningThread& thread, unsigned other, uint32_t clock) {
   return other == thread.number || clocks_of(thread.number)[other] >= clock;
 }
 
-void check_byte(RunningThread& thread, Cell& cell, Access kind, const void* address,
+void check_cell(RunningThread& thread, Cell& cell, Access kind, const void* address,
                 const std::string& object, size_t offset, bool is_global) {
   if (cell.in_flight) report("a cp.async is in flight", kind, object, offset, address);
   if (!is_global && kind != Access::write && !cell.written)
@@ -131,6 +160,9 @@ void check_byte(RunningThread& thread, Cell& cell, Access kind, const void* addr
     report_race("race between blocks", kind, object, offset, address, cell.writer, cell.write_address);
   const auto warp = static_cast<uint16_t>(thread.warp->number);
   if (kind == Access::read) {
+    const bool known = cell.read_epoch[0] == state.epoch && cell.read_warp[0] == warp &&
+                       cell.read_clock[0] >= own_clock(thread) && (cell.readers[0] >> thread.lane & 1) != 0;
+    if (known) return;
     const bool second = cell.read_epoch[0] == state.epoch && cell.read_warp[0] != warp;
     const int k = second ? 1 : 0;
     const uint32_t clock = own_clock(thread);
@@ -167,12 +199,15 @@ Buffer* find_buffer(const char* data, size_t bytes) {
   return last == end ? nullptr : last;
 }
 
-// Read-only segments of loaded modules: constant tables.
+// Read-only segments of loaded modules: constant tables. The one found last is mostly the next one too.
 bool is_constant(const char* data) {
   struct Search {
     const char* data;
-    bool found;
-  } search{data, false};
+    const char *begin, *end;
+  };
+  static Search last{nullptr, nullptr, nullptr};
+  if (data >= last.begin && data < last.end) return true;
+  Search search{data, nullptr, nullptr};
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* context) {
         auto& s = *static_cast<Search*>(context);
@@ -182,12 +217,13 @@ bool is_constant(const char* data) {
               info->dlpi_addr + segment.p_vaddr);  // NOLINT(performance-no-int-to-ptr)
           if (segment.p_type == PT_LOAD && (segment.p_flags & PF_W) == 0 && s.data >= begin &&
               s.data < begin + segment.p_memsz)
-            s.found = true;
+            s.begin = begin, s.end = begin + segment.p_memsz;
         }
         return 0;
       },
       &search);
-  return search.found;
+  if (search.begin != nullptr) last = search;
+  return search.begin != nullptr;
 }
 
 void check_alignment(const void* data, size_t bytes, Access kind, const std::string& object, size_t offset,
@@ -200,7 +236,7 @@ void check_alignment(const void* data, size_t bytes, Access kind, const std::str
 
 void register_buffer(const void* data, size_t bytes, const char* name, bool writable) {
   Buffer buffer{name, static_cast<const char*>(data), bytes, writable, {}, {}};
-  if (writable) buffer.cells.resize(bytes);
+  if (writable) buffer.shadow.reset(bytes);
   state.buffers.push_back(std::move(buffer));
 }
 void forget_buffers() {
@@ -226,7 +262,7 @@ void start_block(Worker& worker) {
   state.threads = worker.threads.size();
   state.clocks.assign(state.threads * state.threads, 0);
   for (const RunningThread& thread : worker.threads) own_clock(thread) = 1;
-  state.shared.assign(worker.shared_bytes, Cell{});
+  state.shared.reset(worker.shared_bytes);
   for (auto& snapshot : state.snapshots) snapshot.clear();
   ++state.epoch;
   ++state.block;
@@ -245,11 +281,14 @@ void access(RunningThread& thread, const void* where, size_t bytes, Access kind,
     const auto offset = static_cast<size_t>(data - shared);
     if (offset + bytes > worker.shared_bytes) report("out of bounds", kind, "shared memory", offset, address);
     check_alignment(data, bytes, kind, "shared memory", offset, address);
-    for (size_t i = 0; i < bytes; ++i)
-      check_byte(thread, state.shared[offset + i], kind, address, "shared memory", offset + i, false);
+    state.shared.visit(offset, bytes, [&](Cell& cell, size_t at) {
+      check_cell(thread, cell, kind, address, kSharedName, at, false);
+    });
     if (options().count_requests) requests::note(thread, data, bytes, kind, address, nullptr);
     return;
   }
+  const bool in_context = data >= state.context && data + bytes <= state.context + state.context_bytes;
+  if (kind == Access::read && in_context) return;
   if (Buffer* buffer = find_buffer(data, bytes)) {
     const auto offset = static_cast<size_t>(data - buffer->data);
     check_alignment(data, bytes, kind, buffer->name, offset, address);
@@ -261,12 +300,14 @@ void access(RunningThread& thread, const void* where, size_t bytes, Access kind,
                              : traffic.bytes_atomic) += bytes;
     if (options().count_requests) requests::note(thread, data, bytes, kind, address, &traffic);
     if (kind == Access::atomic) state.acquired = true;
-    for (size_t i = 0; i < bytes && buffer->writable; ++i)
-      check_byte(thread, buffer->cells[offset + i], kind, address, buffer->name, offset + i, true);
+    if (buffer->writable) {
+      buffer->shadow.visit(offset, bytes, [&](Cell& cell, size_t at) {
+        check_cell(thread, cell, kind, address, buffer->name, at, true);
+      });
+    }
     return;
   }
-  const bool in_context = data >= state.context && data + bytes <= state.context + state.context_bytes;
-  if (kind == Access::read && (in_context || is_constant(data))) return;
+  if (kind == Access::read && is_constant(data)) return;
   fail("out of bounds: %s of %zu bytes in no buffer at %s", word(kind), bytes, place(address).c_str());
 }
 
@@ -276,17 +317,16 @@ void copy_issued(RunningThread& thread, const void* to, const void* from, size_t
   if (source_bytes > 0) access(thread, from, source_bytes, Access::read, address);
   access(thread, to, bytes, Access::write, address);
   const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(to) - worker_of(thread).shared);
-  for (size_t i = 0; i < bytes; ++i) state.shared[offset + i].in_flight = true;
+  state.shared.visit(offset, bytes, [](Cell& cell, size_t) { cell.in_flight = true; });
 }
 
 void copy_landed(RunningThread& thread, const void* to, size_t bytes) {
   const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(to) - worker_of(thread).shared);
-  for (size_t i = 0; i < bytes; ++i) {
-    Cell& cell = state.shared[offset + i];
+  state.shared.visit(offset, bytes, [&](Cell& cell, size_t) {
     cell.in_flight = false;
     cell.write_epoch = state.epoch;
     cell.write_clock = own_clock(thread);
-  }
+  });
 }
 
 void all_met() { ++state.epoch; }
