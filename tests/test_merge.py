@@ -326,6 +326,25 @@ def test_gradients_against_reference(backend, dtype, head_dim, base):
     assert (got[1][empty] == 0).all()
 
 
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_ragged_gradients_are_dense_ones(backend, index):
+    outs, lses = states(6, 5, 3, 24, empty=0.25)
+    dout, dlse = torch.randn(6, 3, 24), torch.randn(6, 3)
+    counts = torch.tensor([5, 0, 1, 3, 5, 2])
+    there = torch.arange(5) < counts[:, None]
+    outs, lses = outs.masked_fill(~there[..., None, None], NAN), lses.masked_fill(~there[..., None], -INF)
+
+    def gradients(outs, lses, *indptr):
+        outs, lses = outs.detach().requires_grad_(), lses.detach().requires_grad_()
+        out, lse = palmette.merge_states(outs, lses, *indptr)
+        some = ~torch.isneginf(lse)
+        return torch.autograd.grad((out * dout).sum() + (lse[some] * dlse[some]).sum(), (outs, lses))
+
+    indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index)
+    for dense, ragged in zip(gradients(outs, lses), gradients(outs[there], lses[there], indptr), strict=True):
+        assert torch.equal(dense[there], ragged)
+
+
 def test_gradient_through_out_or_lse_alone(backend):
     outs, lses = states(4, 3, 2, 16)
     for pick in (0, 1):
