@@ -254,6 +254,16 @@ def test_nan_that_one_query_sees_stays_with_it(backend, split, value):
     assert not torch.isfinite(out[sees]).any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_single_hidden_nan_does_not_leak(backend, value):
+    case = make_case([-1, 0, 0, 0], [20, 6, 6, 6], "tokens", head_dim=16)
+    case.v[22, :, 5] = value  # seen by the tokens of node 1 from its third on
+    out = palmette.tree_attention(case.q, case.k, case.v, case.plan)
+    reached = torch.zeros_like(out, dtype=torch.bool)
+    reached[case.visible[:, 22], :, 5] = True
+    assert torch.equal(~torch.isfinite(out), reached)
+
+
 def test_nan_logit_reaches_its_own_query_only(backend):
     case = make_case([-1, 0, 0], [50, 6, 6])
     case.q[1, 2, 3] = torch.nan
@@ -397,6 +407,13 @@ def test_gradients_of_head_dims(backend, head_dim, v_head_dim, dtype):
     check_gradients(make_case(*IRREGULAR, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_where_a_node_ends_within_rows(backend, dtype):
+    """Row 127 is the last of whole tiles of rows, and the first that does not see the second node."""
+    options = {"q_heads": 1, "kv_heads": 1, "split": "flatten", "block_len": 500, "dtype": dtype}
+    check_gradients(make_case([-1, 0, 0], [10, 117, 20], "tokens", **options))
+
+
 def test_gradients_of_more_than_128_tasks(backend):
     """As many are looked through at a time on a GPU for those that hold a key."""
     case = make_case([-1] + [0] * 140, [3] + [1] * 140, q_heads=64, kv_heads=1, head_dim=8)
@@ -459,6 +476,25 @@ def test_a_query_that_sees_nothing(backend):
     torch.testing.assert_close(lse, torch.tensor([[1.0, -2.0]]))
 
 
+def test_an_item_that_shows_nothing_before_one_that_does(backend):
+    """Both have keys of one tile, with one query between them."""
+    slots, query = torch.arange(8, dtype=torch.int32), torch.zeros(4, 1, dtype=torch.int32)
+    segment = torch.tensor([[0, 4, 5, 1, 9, 5], [4, 4, 0, 0, 9, 0]], dtype=torch.int32)
+    item = torch.tensor([[0, 1, 0, 1], [1, 2, 0, 1]], dtype=torch.int32)
+    task = torch.tensor([[0, 2, 0, 1, -1, -1]], dtype=torch.int32)
+    counts = torch.tensor([1, 2, 2, 1] + [0] * 12, dtype=torch.int32)
+    merge_ptr, merge_row = torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    plan = (slots, query, segment, item, task, merge_ptr, merge_row, counts)
+    visible = torch.tensor([[False] * 4 + [True] * 4])
+    q, k, v = (torch.randn(n, 2, 8, requires_grad=True) for n in (1, 8, 8))
+    out, _ = torch.ops.palmette.attend(q, k, v, *plan, None, 1.0, 0.0, 0)
+    want, _ = masked_attention(q, k, v, visible, scale=1.0)
+    torch.testing.assert_close(out, want)
+    dout = torch.randn_like(out)
+    got = torch.autograd.grad(out, (q, k, v), dout)
+    torch.testing.assert_close(got, torch.autograd.grad(want, (q, k, v), dout))
+
+
 # ---- the function
 
 
@@ -483,6 +519,8 @@ def test_strides_as_they_come(backend):
     assert torch.equal(out, want)
     transposed = case.q.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(palmette.tree_attention(transposed, case.k, case.v, case.plan), want)
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in (case.q, case.k, case.v)]
+    assert torch.equal(palmette.tree_attention(*shifted, case.plan), want)
 
 
 def test_a_plan_that_grows(backend):
