@@ -129,7 +129,7 @@ class Copy:
             "PALMETTE_LIBRARY_DIR": BUILT,
             "Python_EXECUTABLE": sys.executable,
         }
-        command = ["cmake", "-S", SOURCE, "-B", BUILD, "-G", "Ninja"]
+        command = ["cmake", "-S", str(SOURCE), "-B", str(BUILD), "-G", "Ninja"]
         subprocess.run(
             [*command, *(f"-D{key}={value}" for key, value in options.items())],
             check=True,
