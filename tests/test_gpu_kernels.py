@@ -136,6 +136,21 @@ def test_gradients_that_meet_inf_and_nan():
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_of_zero_contributes_nothing(value):
+    """Not even to a query that sees the key."""
+    case = make_case([-1, 0, 0], [80, 6, 6], "tokens", head_dim=16)
+    case.q[4:, :, 0] = 20.0
+    case.k[3, :, 0] = -200.0  # a logit of about -1000 from the fifth query on
+    with testing.backend("emulated"):
+        want = palmette.tree_attention(case.q, case.k, case.v, case.plan)
+        case.v[3, :, 5] = value
+        got = palmette.tree_attention(case.q, case.k, case.v, case.plan)
+    assert not torch.isfinite(got[3, :, 5]).any()
+    got[3, :, 5] = want[3, :, 5]
+    torch.testing.assert_close(got, want)
+
+
 # ---- plans on another device
 
 

@@ -93,7 +93,8 @@ def test_strided_inputs(backend, dtype):
     strided_last = outs.transpose(2, 3).contiguous().transpose(2, 3)
     state_major = lses.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     padded = torch.full((5, 3, 4, 32), NAN, dtype=dtype)[..., :20].copy_(outs)
-    for o in (head_major, strided_last, padded):
+    shifted = torch.empty(outs.numel() + 1, dtype=dtype)[1:].view(outs.shape).copy_(outs)
+    for o in (head_major, strided_last, padded, shifted):
         got = palmette.merge_states(o, state_major)
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1], want[1])
@@ -173,6 +174,24 @@ def test_far_apart_states_keep_the_larger(backend):
         out, lse = palmette.merge_states(outs, torch.tensor([[[0.0], [-gap]]]))
         assert torch.allclose(out[0, 0], outs[0, 0, 0], atol=1e-6)
         assert lse.item() == 0.0
+
+
+@pytest.mark.parametrize("largest", [0, 31, 32, 69])
+def test_many_states_of_which_one_is_far_larger(backend, largest):
+    outs, lses = torch.randn(2, 70, 3, 8), torch.zeros(2, 70, 3)
+    lses[:, largest] = 1000.0
+    out, lse = palmette.merge_states(outs, lses)
+    assert torch.equal(out, outs[:, largest])
+    assert torch.equal(lse, lses[:, largest])
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 69])
+def test_the_largest_may_be_at_any_place(backend, place):
+    outs, lses = states(2, 70, 3, 8)
+    lses[:, place] = 1e4
+    out, lse = palmette.merge_states(outs, lses)
+    assert torch.equal(out, outs[:, place])
+    assert torch.equal(lse, lses[:, place])
 
 
 def test_one_state_is_copied_exactly(backend):
@@ -324,6 +343,25 @@ def test_gradients_against_reference(backend, dtype, head_dim, base):
     empty = torch.isneginf(lses)
     assert (got[0][empty] == 0).all()
     assert (got[1][empty] == 0).all()
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_ragged_gradients_are_dense_ones(backend, index):
+    outs, lses = states(6, 5, 3, 24, empty=0.25)
+    dout, dlse = torch.randn(6, 3, 24), torch.randn(6, 3)
+    counts = torch.tensor([5, 0, 1, 3, 5, 2])
+    there = torch.arange(5) < counts[:, None]
+    outs, lses = outs.masked_fill(~there[..., None, None], NAN), lses.masked_fill(~there[..., None], -INF)
+
+    def gradients(outs, lses, *indptr):
+        outs, lses = outs.detach().requires_grad_(), lses.detach().requires_grad_()
+        out, lse = palmette.merge_states(outs, lses, *indptr)
+        some = ~torch.isneginf(lse)
+        return torch.autograd.grad((out * dout).sum() + (lse[some] * dlse[some]).sum(), (outs, lses))
+
+    indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index)
+    for dense, ragged in zip(gradients(outs, lses), gradients(outs[there], lses[there], indptr), strict=True):
+        assert torch.equal(dense[there], ragged)
 
 
 def test_gradient_through_out_or_lse_alone(backend):

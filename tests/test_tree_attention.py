@@ -182,6 +182,39 @@ def test_softcap_and_sinks(backend, spread):
     check(case, softcap=5.0, sinks=torch.tensor([-90.0, 90.0, 0.0, 1.0, -1e4, 2.0]), scale=0.3)
 
 
+def test_partial_states(backend):
+    """Queries in an order that is not that of positions, one of them with a single partial state."""
+    parent, num_tokens = [-1, 0, 0, -1, 3], [1500, 4, 4, 900, 4]
+    queries = ([4, 2, 1, 0, 3], [2, 3, 1, 100, 899])
+    case = make_case(parent, num_tokens, queries)
+    plan = palmette.plan_tree_attention(
+        case.plan.tree, queries, num_q_heads=4, num_kv_heads=2, head_dim=32, target="gpu"
+    )
+    merge_ptr = plan.tensors[5][: len(case.q) + 1]
+    assert merge_ptr.diff().tolist() == [1, 3, 3, 2, 2]
+    case = case._replace(plan=plan)
+    check(case)
+    check(case, softcap=5.0, sinks=torch.tensor([-90.0, 2.0, 0.0, 5.0]))
+
+
+def test_tasks_of_one_kv_head(backend):
+    """The planner makes tasks of all KV heads; a plan may have some of one."""
+    case = make_case(*IRREGULAR, split="flatten", block_len=48)
+    *tables, task, merge_ptr, merge_row, counts = case.plan.tensors
+    tasks = task[: counts[3]].repeat_interleave(2, dim=0)
+    tasks[:, 5] = torch.arange(len(tasks)) % 2
+    counts = counts.clone()
+    counts[3] = len(tasks)
+    results = []
+    for plan in (case.plan.tensors, (*tables, tasks, merge_ptr, merge_row, counts)):
+        inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        out, lse = torch.ops.palmette.attend(*inputs, *plan, None, 0.2, 0.0, 0)
+        torch.autograd.backward([out, lse], [torch.cos(out.detach()), torch.sin(lse.detach())])
+        results.append((out, lse, *(x.grad for x in inputs)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+
+
 def test_block_len_around_the_number_of_tokens(backend):
     parent, num_tokens = IRREGULAR
     for block_len in (1, 7, sum(num_tokens) - 1, sum(num_tokens), sum(num_tokens) + 1):
@@ -219,6 +252,16 @@ def test_nan_that_one_query_sees_stays_with_it(backend, split, value):
     sees = case.visible[:, 22]
     assert torch.isfinite(out[~sees]).all()
     assert not torch.isfinite(out[sees]).any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_single_hidden_nan_does_not_leak(backend, value):
+    case = make_case([-1, 0, 0, 0], [20, 6, 6, 6], "tokens", head_dim=16)
+    case.v[22, :, 5] = value  # seen by the tokens of node 1 from its third on
+    out = palmette.tree_attention(case.q, case.k, case.v, case.plan)
+    reached = torch.zeros_like(out, dtype=torch.bool)
+    reached[case.visible[:, 22], :, 5] = True
+    assert torch.equal(~torch.isfinite(out), reached)
 
 
 def test_nan_logit_reaches_its_own_query_only(backend):
@@ -314,31 +357,9 @@ def gradients(function, inputs, douts):
     return [x.grad for x in leaves]
 
 
-@pytest.mark.parametrize("queries", ["leaves", "tokens", ([5, 0, 5, 10], [16, 69, 0, 25])])
-@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}, {"window": 9}, {"sinks": True, "scale": 0.2}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("split", ["auto", "sequence"])
-def test_gradients_equal_the_reference(backend, queries, options, dtype, split):
-    options = dict(options)
-    window = options.pop("window", None)
-    parent, num_tokens = IRREGULAR
-    slots = list(range(sum(num_tokens)))[::-1]
-    case = make_case(
-        parent,
-        num_tokens,
-        queries,
-        slots=slots,
-        q_heads=6,
-        kv_heads=2,
-        window=window,
-        dtype=dtype,
-        split=split,
-        v_head_dim=24,
-    )
-    inputs = [case.q, case.k, case.v]
-    if options.pop("sinks", False):
-        inputs.append(torch.randn(6))
-    douts = [torch.randn(*case.q.shape[:2], 24), torch.randn(case.q.shape[:2])]
+def check_gradients(case, *, sinks=None, window=None, **options):
+    inputs = [case.q, case.k, case.v] + ([] if sinks is None else [sinks])
+    douts = [torch.randn(*case.q.shape[:2], case.v.shape[2]), torch.randn(case.q.shape[:2])]
 
     def ours(q, k, v, *sinks):
         extra = {"sinks": sinks[0]} if sinks else {}
@@ -353,8 +374,56 @@ def test_gradients_equal_the_reference(backend, queries, options, dtype, split):
     base = gradients(reference, inputs, douts)
     for name, a, b, c in zip(("dq", "dk", "dv", "dsinks"), got, want, base, strict=False):
         # a bf16 result is rounded by up to 2^-9 of it; plain PyTorch's own error may be smaller by luck
-        atol = 1e-5 if dtype == torch.float32 else 2e-2
+        atol = 1e-5 if case.q.dtype == torch.float32 else 2e-2
         assert_accurate(a, b, c, factor=3.0, atol=atol, name=name)
+
+
+@pytest.mark.parametrize("queries", ["leaves", "tokens", ([5, 0, 5, 10], [16, 69, 0, 25])])
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}, {"window": 9}, {"sinks": True, "scale": 0.2}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("split", ["auto", "sequence"])
+def test_gradients_equal_the_reference(backend, queries, options, dtype, split):
+    options = dict(options)
+    parent, num_tokens = IRREGULAR
+    case = make_case(
+        parent,
+        num_tokens,
+        queries,
+        slots=list(range(sum(num_tokens)))[::-1],
+        q_heads=6,
+        kv_heads=2,
+        window=options.get("window"),
+        dtype=dtype,
+        split=split,
+        v_head_dim=24,
+    )
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(6)
+    check_gradients(case, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(33, 65), (96, 40), (136, 200), (256, 24)])
+def test_gradients_of_head_dims(backend, head_dim, v_head_dim, dtype):
+    """GPU kernels compute 64 or 128 columns of a gradient at a time."""
+    check_gradients(make_case(*IRREGULAR, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_where_a_node_ends_within_rows(backend, dtype):
+    """Row 127 is the last of whole tiles of rows, and the first that does not see the second node."""
+    options = {"q_heads": 1, "kv_heads": 1, "split": "flatten", "block_len": 500, "dtype": dtype}
+    check_gradients(make_case([-1, 0, 0], [10, 117, 20], "tokens", **options))
+
+
+def test_gradients_of_more_than_128_tasks(backend):
+    """As many are looked through at a time on a GPU for those that hold a key."""
+    case = make_case([-1] + [0] * 140, [3] + [1] * 140, q_heads=64, kv_heads=1, head_dim=8)
+    plan = palmette.plan_tree_attention(
+        case.plan.tree, num_q_heads=64, num_kv_heads=1, head_dim=8, target="gpu"
+    )
+    assert int(plan.counts[3]) > 128
+    check_gradients(case._replace(plan=plan))
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 4}, {"sinks": True}])
@@ -409,6 +478,25 @@ def test_a_query_that_sees_nothing(backend):
     torch.testing.assert_close(lse, torch.tensor([[1.0, -2.0]]))
 
 
+def test_an_item_that_shows_nothing_before_one_that_does(backend):
+    """Both have keys of one tile, with one query between them."""
+    slots, query = torch.arange(8, dtype=torch.int32), torch.zeros(4, 1, dtype=torch.int32)
+    segment = torch.tensor([[0, 4, 5, 1, 9, 5], [4, 4, 0, 0, 9, 0]], dtype=torch.int32)
+    item = torch.tensor([[0, 1, 0, 1], [1, 2, 0, 1]], dtype=torch.int32)
+    task = torch.tensor([[0, 2, 0, 1, -1, -1]], dtype=torch.int32)
+    counts = torch.tensor([1, 2, 2, 1] + [0] * 12, dtype=torch.int32)
+    merge_ptr, merge_row = torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    plan = (slots, query, segment, item, task, merge_ptr, merge_row, counts)
+    visible = torch.tensor([[False] * 4 + [True] * 4])
+    q, k, v = (torch.randn(n, 2, 8, requires_grad=True) for n in (1, 8, 8))
+    out, _ = torch.ops.palmette.attend(q, k, v, *plan, None, 1.0, 0.0, 0)
+    want, _ = masked_attention(q, k, v, visible, scale=1.0)
+    torch.testing.assert_close(out, want)
+    dout = torch.randn_like(out)
+    got = torch.autograd.grad(out, (q, k, v), dout)
+    torch.testing.assert_close(got, torch.autograd.grad(want, (q, k, v), dout))
+
+
 # ---- the function
 
 
@@ -433,6 +521,8 @@ def test_strides_as_they_come(backend):
     assert torch.equal(out, want)
     transposed = case.q.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(palmette.tree_attention(transposed, case.k, case.v, case.plan), want)
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in (case.q, case.k, case.v)]
+    assert torch.equal(palmette.tree_attention(*shifted, case.plan), want)
 
 
 def test_a_plan_that_grows(backend):

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tests/mutants.toml fits the sources, and has every kernel. ci/mutants.py shows what tests notice."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+spec = importlib.util.spec_from_file_location("mutants", ROOT / "ci" / "mutants.py")
+tool = importlib.util.module_from_spec(spec)
+sys.modules["mutants"] = tool  # dataclasses look there
+spec.loader.exec_module(tool)
+MUTANTS, EDITS = tool.read_list()
+
+# What each has that can be wrong.
+WANTED = {
+    "attend": {"index", "mask", "barrier", "scale"},
+    "attend_merge": {"index", "mask", "scale"},
+    "merge_states": {"index", "mask", "scale"},
+    "merge_states_backward": {"index", "mask", "scale"},
+    "attend_delta": {"index", "mask", "scale"},
+    "attend_dsinks": {"index", "mask", "scale"},
+    "attend_dq": {"index", "mask", "barrier", "scale"},
+    "attend_dkv": {"index", "mask", "barrier", "scale"},
+    "verify_greedy": {"index", "mask", "barrier", "scale"},
+    "verify_sample": {"index", "mask", "barrier", "scale"},
+    "compact_kv_": {"index", "mask", "scale"},
+    "list_tasks": {"index", "barrier"},
+    "keys": {"index", "mask"},
+    "tiles": {"index", "barrier", "scale"},
+    "swizzle": {"index"},
+    "copy_rows": {"index", "mask"},
+    "multiply_rows": {"index"},
+    "accumulate_rows": {"index"},
+}
+
+
+def test_every_text_is_in_its_file_once():
+    assert list(tool.faults(MUTANTS, EDITS)) == []
+
+
+def test_every_kernel_and_kind_is_there():
+    found: dict[str, set[str]] = {}
+    for mutant in MUTANTS:
+        found.setdefault(mutant.kernel, set()).add(mutant.kind)
+    assert found == WANTED
+
+
+def test_no_kernel_is_forgotten():
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/kernel*_gpu.cu")}
+    sources |= {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/attend/*_gpu.cuh")}
+    assert sources <= {mutant.file for mutant in MUTANTS}
+
+
+def test_every_test_exists():
+    for test in {test for mutant in MUTANTS for test in mutant.tests}:
+        file, name = re.fullmatch(r"(tests/\w+\.py)::(\w+)(?:\[.*\])?", test).groups()
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), test
+
+
+def test_the_table_has_every_mutant():
+    """Lines move as sources change; what is said of a mutant stays."""
+    page = (ROOT / "docs" / "dev" / "mutants.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    listed = [(row[0].removeprefix("| "), *row[1:2], row[3]) for row in rows[2:]]
+    assert listed == [(m.kernel, m.kind, m.change) for m in MUTANTS]
+    assert "**nothing**" not in page
