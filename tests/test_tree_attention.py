@@ -285,8 +285,6 @@ def run(case, **options):
 @pytest.mark.parametrize("queries", ["leaves", "tokens"])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(32, 8, 64), (3, 1, 64), (4, 4, 24)])
 def test_bit_identical_for_any_number_of_threads(backend, num_threads, queries, q_heads, kv_heads, dim):
-    if backend == "emulated_check":
-        pytest.skip("the check build runs on one thread")
     parent = [-1] + [0] * 9 + [3] * 5
     num_tokens = [3000] + [40] * 14 if queries == "leaves" else [100] + [12] * 14
     case = make_case(parent, num_tokens, queries, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim)
