@@ -27,22 +27,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backends",
         default=",".join(BODIES),
-        help="comma-separated: what tests of kernels run on, such as emulated_check. Default: %(default)s",
+        help="comma-separated: what tests of kernels run on; all: also emulated_check. Default: %(default)s",
     )
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     missing = [body for body in ALL_BODIES if body not in BODIES]
-    return [f"palmette: backends {config.getoption('--backends')}; missing: {', '.join(missing) or 'none'}"]
+    return [f"palmette: backends {', '.join(_backends(config))}; missing: {', '.join(missing) or 'none'}"]
+
+
+def _backends(config: pytest.Config) -> list[str]:
+    names = str(config.getoption("--backends"))
+    if names != "all":
+        return names.split(",")
+    return [*BODIES, *(name for name in testing.EMULATORS if name in set(testing.backends()) - set(BODIES))]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = metafunc.config.getoption("--backends").split(",")
+    names = _backends(metafunc.config)
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", names, indirect=True)
     cpu = [name for name in names if name not in GPUS]
-    if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", cpu, indirect=True)
+    if "cpu_backend" in metafunc.fixturenames:
+        metafunc.parametrize("cpu_backend", cpu, indirect=True)
     if "machine" in metafunc.fixturenames:
         metafunc.parametrize("machine", cpu[:1] + [name for name in names if name not in cpu], indirect=True)
 
@@ -60,7 +67,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``backend``, of the CPU only: for what no GPU kernel does."""
     with testing.backend(request.param):
         yield request.param

@@ -43,18 +43,18 @@ SPECIAL = np.array(
 
 
 @pytest.fixture
-def lanes(isa):
-    return primitives.lanes(isa)
+def lanes(cpu_backend):
+    return primitives.lanes(cpu_backend)
 
 
 @pytest.fixture
-def run(isa):
+def run(cpu_backend):
     def call(name, *inputs, size=None, dtype=None, n=None):
         inputs = [np.ascontiguousarray(x) for x in inputs]
         size = len(inputs[0]) if size is None else size
         guard = 16  # what lies behind the output must not be written
         out = np.full(size + guard, 77, dtype or inputs[0].dtype)
-        primitives.run(isa, name, inputs, out, len(inputs[0]) if n is None else n)
+        primitives.run(cpu_backend, name, inputs, out, len(inputs[0]) if n is None else n)
         assert (out[size:] == 77).all()
         return out[:size]
 
@@ -83,8 +83,8 @@ def ulps(got, want):
     )
 
 
-def test_every_body_has_the_same_primitives(isa):
-    assert primitives.names(isa) == primitives.names("scalar")
+def test_every_body_has_the_same_primitives(cpu_backend):
+    assert primitives.names(cpu_backend) == primitives.names("scalar")
 
 
 # ------------------------------------------------------------------------------------- loads and stores
@@ -116,12 +116,12 @@ def test_splat(run, lanes):
 # ------------------------------------------------------------------------------------- arithmetic
 
 
-def test_fma(run, isa):
+def test_fma(run, cpu_backend):
     a, b, c = random(1003, 3, 1), random(1003, 3, 2), random(1003, 3, 3)
     want = a.astype(np.float64) * b + c
     # one rounding where the compiler fuses; two on the baseline, and in avx2x16, which is compiled with less
     # optimisation
-    fused = isa in ("avx2", "avx512")
+    fused = cpu_backend in ("avx2", "avx512")
     largest = np.maximum(np.abs(want), 0 if fused else np.abs(a.astype(np.float64) * b)).astype(np.float32)
     error = np.abs(run("fma", a, b, c) - want)
     assert (error <= (0.5 if fused else 1.0) * np.spacing(largest)).all()
