@@ -116,12 +116,12 @@ void GpuLaunch::launch(const char* kernel, const void* params, size_t params_byt
       throw std::runtime_error(std::string("the ") + library_->backend +
                                " kernels are of another version of palmette than libpalmette.so: build both");
     if (device_ < 0) {
-      k.launch(params, {nullptr, extents_.data(), extents_.size(), static_cast<int>(num_workers())});
+      k.launch(params, {nullptr, extents_.data(), extents_.size(), static_cast<int>(num_workers()), -1});
       return;
     }
     const torch::stable::accelerator::DeviceGuard guard(device_);
     const auto stream = torch::stable::accelerator::getCurrentStream(device_);
-    k.launch(params, {stream.nativeHandle(), nullptr, 0, 0});
+    k.launch(params, {stream.nativeHandle(), nullptr, 0, 0, device_});
     return;
   }
   throw std::runtime_error(std::string("the ") + library_->backend + " backend has no kernel " + kernel);

@@ -54,7 +54,8 @@ __device__ __forceinline__ bool all(bool predicate) { return __all_sync(0xFFFFFF
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xFFFFFFFFu, predicate); }
 
 // ---- launches
-inline void prepare(const LaunchContext&) {}
+// This library's copy of the CUDA runtime need not know which device torch's copy has chosen.
+inline void prepare(const LaunchContext& context) { check(cudaSetDevice(context.device), "cudaSetDevice"); }
 
 inline const char* device_status() {
   int count = 0;

@@ -66,7 +66,7 @@ __device__ __forceinline__ bool any(bool predicate) { return ballot(predicate) !
 __device__ __forceinline__ bool all(bool predicate) { return ballot(!predicate) == 0; }
 
 // ---- launches
-inline void prepare(const LaunchContext&) {}
+inline void prepare(const LaunchContext& context) { check(hipSetDevice(context.device), "hipSetDevice"); }
 
 inline const char* device_status() {
   int count = 0;

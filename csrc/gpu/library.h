@@ -21,6 +21,7 @@ struct LaunchContext {
   const Extent* extents;  // all memory that the kernels may touch
   size_t num_extents;
   int workers;  // threads that the emulator may use
+  int device;   // its number; -1: the emulator's
 };
 
 struct Kernel {

@@ -183,6 +183,7 @@ void yield() {
 [[maybe_unused]] static void settle_block(Worker& worker) {
   if (!options().count_requests) return;
   std::vector<RunningThread*> threads;
+  threads.reserve(worker.threads.size());
   for (RunningThread& thread : worker.threads) threads.push_back(&thread);
   requests::settle(threads.data(), threads.size());
 }
