@@ -16,7 +16,7 @@
 // share the rows and divide the keys, and their states are merged at the end.
 //
 // A weight of exactly 0 contributes nothing, even times inf or NaN. The products cannot say that, so a row
-// whose result is not finite is computed once more, key by key (careful_row). Finite results pay for a
+// whose result is not finite is computed once more, key by key (careful_value). Finite results pay for a
 // comparison.
 #include <algorithm>
 
