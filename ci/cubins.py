@@ -23,8 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench import pages  # noqa: E402
+
 LIBRARY = ROOT / "python" / "palmette" / "lib" / "libpalmette_cuda.so"
-BEGIN, END = "<!-- cubins: begin (ci/cubins.py) -->", "<!-- cubins: end -->"
 SHOWN = ("HMMA", "LDSM", "LDGSTS", "FFMA", "MUFU", "SHFL")
 SPILLS = ("STL", "LDL")  # stores to and loads from local memory
 
@@ -105,14 +107,14 @@ def table(kernels: list[Kernel]) -> str:
         by_name.setdefault(kernel.name, []).append(kernel)
     archs = sorted({k.arch for k in kernels})
     head = ["kernel", *(f"registers {arch}" for arch in archs), "spills", *SHOWN]
-    rows = [head, ["---"] * len(head)]
+    rows = [head]
     for name, builds in by_name.items():
         first = builds[0]
         counts = [str(first.instructions[i]) for i in SHOWN]
         rows.append(
             [f"`{name}`", *(str(k.registers) for k in builds), str(sum(k.spills for k in builds)), *counts]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return pages.table(rows)
 
 
 def main() -> int:
@@ -129,10 +131,7 @@ def main() -> int:
     if arguments.write is None:
         print(text)
     else:
-        page = arguments.write.read_text()
-        before, _, rest = page.partition(BEGIN)
-        _, _, after = rest.partition(END)
-        arguments.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        pages.write_between(arguments.write, "ci/cubins.py", "cubins", text)
     faults = [f"{k.name} ({k.arch}): {', '.join(k.faults())}" for k in kernels if k.faults()]
     print("\n".join(faults), file=sys.stderr, end="\n" if faults else "")
     return 1 if faults else 0

@@ -33,6 +33,9 @@ else:
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench import pages  # noqa: E402
+
 LIST = ROOT / "tests" / "mutants.toml"
 LIBRARY = ROOT / "python" / "palmette" / "lib" / "libpalmette.so"
 PLACE = ROOT / "build" / "mutants"
@@ -40,7 +43,6 @@ SOURCE, BUILD, BUILT, RESULTS = (PLACE / name for name in ("source", "build", "l
 COPIED = ("CMakeLists.txt", "version.txt", "cmake/**/*", "csrc/**/*")
 KINDS = ("index", "mask", "barrier", "scale")
 TIMEOUT = 300  # seconds of a test run; what takes longer hangs
-BEGIN, END = "<!-- mutants: begin (ci/mutants.py) -->", "<!-- mutants: end -->"
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def key_of(copy: Copy, mutant: Mutant) -> str:
 
 
 def table(mutants: list[Mutant], found: list[dict[str, str]]) -> str:
-    rows = [["kernel", "kind", "place", "change", "caught by"], ["---"] * 5]
+    rows = [["kernel", "kind", "place", "change", "caught by"]]
     for mutant, result in zip(mutants, found, strict=True):
         caught = f"`{result['test'].removeprefix('tests/')}`".replace("|", "\\|")
         if result["what"] == "passed":
@@ -238,13 +240,7 @@ def table(mutants: list[Mutant], found: list[dict[str, str]]) -> str:
             caught += f" (the process {result['what'].replace(':', ' with')})"
         place = f"{mutant.file.removeprefix('csrc/')}:{mutant.line}"
         rows.append([mutant.kernel, mutant.kind, place, mutant.change, caught])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def write(page: Path, text: str) -> None:
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return pages.table(rows)
 
 
 def main() -> int:
@@ -309,7 +305,7 @@ def main() -> int:
         if len(results_of_all) < len(mutants):
             print(f"mutants: {len(mutants) - len(results_of_all)} have no result yet", file=sys.stderr)
             return 2
-        write(arguments.write, table(mutants, results_of_all))
+        pages.write_between(arguments.write, "ci/mutants.py", "mutants", table(mutants, results_of_all))
     return 2 if broken else 1 if survivors else 0
 
 
