@@ -224,6 +224,38 @@ K, V = torch.zeros(8, 2, 4), torch.zeros(8, 2, 6)
 SRC, DST = torch.tensor([0]), torch.tensor([1])
 
 
+POOL = torch.zeros(8 * 2 * 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("k_cache", "v_cache", "shared"),
+    [
+        (POOL.view(8, 2, 2, 4)[:, 0], POOL.view(8, 2, 2, 4)[:, 1], False),
+        (POOL.view(8, 2, 2, 4)[:, :, 0], POOL.view(8, 2, 2, 4)[:, :, 1], False),
+        (POOL.view(8, 2, 8)[..., :3], POOL.view(8, 2, 8)[..., 3:], False),
+        (POOL.view(8, 2, 8)[..., :4], POOL.view(8, 2, 8)[..., 3:], True),
+        (POOL.view(2, 2, 8, 4)[0].transpose(0, 1), POOL.view(2, 2, 8, 4)[1].transpose(0, 1), False),
+        (POOL.view(2, 8, 8)[0].view(8, 2, 4), POOL.view(2, 8, 8)[1].view(8, 2, 4), False),
+        (POOL.view(16, 2, 4)[:8], POOL.view(16, 2, 4)[4:12], True),
+        (POOL.view(16, 2, 4)[8:], POOL.view(16, 2, 4)[1:9], True),
+        (POOL.view(16, 2, 4)[::2], POOL.view(16, 2, 4)[1::2], False),
+        (POOL.view(16, 2, 4)[:8], POOL.view(8, 2, 2, 4)[:, 0], True),
+        (POOL.view(8, 4, 4)[:1, :2], POOL.view(8, 4, 4)[:1, 1:3], True),
+        (POOL.view(8, 4, 4)[:1, :2], POOL.view(8, 4, 4)[:1, 2:], False),
+    ],
+)
+def test_caches_of_one_pool(k_cache, v_cache, shared):
+    slots = torch.tensor([0, 1]) % len(k_cache)
+    moves = slots, slots
+    if len(k_cache) == 1:
+        moves = slots[:1], slots[:1]
+    if shared:
+        with pytest.raises(ValueError, match=r"^v_cache must be memory of its own, got some of k_cache's$"):
+            palmette.compact_kv_(k_cache, v_cache, *moves)
+    else:
+        palmette.compact_kv_(k_cache, v_cache, *moves)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -231,7 +263,7 @@ SRC, DST = torch.tensor([0]), torch.tensor([1])
         ((K, V[None], SRC, DST), r"^v_cache must be \[slots, Hk, Dv\], got \[1, 8, 2, 6\]$"),
         ((K, V[:7], SRC, DST), r"^v_cache must be \[8, 2, Dv\] like k_cache, got \[7, 2, 6\]$"),
         ((K, V[:, :1], SRC, DST), r"^v_cache must be \[8, 2, Dv\] like k_cache, got \[8, 1, 6\]$"),
-        ((K, K, SRC, DST), "^v_cache must be memory of its own, got that of k_cache$"),
+        ((K, K, SRC, DST), "^v_cache must be memory of its own, got some of k_cache's$"),
         (
             (K, V.transpose(1, 2)[:, :2], SRC, DST),
             "^v_cache must be contiguous in its last dimension, got strides",

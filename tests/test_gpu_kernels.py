@@ -9,6 +9,7 @@ import palmette
 import pytest
 import torch
 from palmette import testing
+from palmette._device import DeviceTables
 from test_tree_attention import IRREGULAR, check, make_case
 
 pytestmark = pytest.mark.skipif("emulated" not in testing.backends(), reason="the emulator is not built")
@@ -84,7 +85,11 @@ def test_one_stage_where_two_do_not_fit():
 
 def test_head_dims_beyond_256():
     case = make_case([-1, 0], [4, 4], head_dim=264)
-    message = "head_dim must be at most 256 on a GPU, got 264"
+    message = "head_dim of q and k must be at most 256 on a GPU, got 264"
+    with testing.backend("emulated"), pytest.raises(ValueError, match=message):
+        palmette.tree_attention(case.q, case.k, case.v, case.plan)
+    case = make_case([-1, 0], [4, 4], head_dim=8, v_head_dim=300)
+    message = "head_dim of v must be at most 256 on a GPU, got 300"
     with testing.backend("emulated"), pytest.raises(ValueError, match=message):
         palmette.tree_attention(case.q, case.k, case.v, case.plan)
 
@@ -151,6 +156,111 @@ def test_a_weight_of_zero_contributes_nothing(value):
     torch.testing.assert_close(got, want)
 
 
+def test_a_partial_state_of_weight_zero_contributes_nothing():
+    """Whatever it holds: here inf and NaN."""
+    case = make_case([-1, 0, 0], [1500, 4, 4], head_dim=16)
+    plan = palmette.plan_tree_attention(
+        case.plan.tree, num_q_heads=4, num_kv_heads=2, head_dim=16, target="gpu"
+    )
+    assert plan.io.partial_states == 2 * plan.num_queries  # of 754 keys each
+    case.q[..., 0] = 20.0
+    case.k[:800, :, 0] = -200.0
+    with testing.backend("emulated"):
+        want = palmette.tree_attention(case.q, case.k, case.v, plan)
+        case.v[:400], case.v[400:700] = torch.inf, torch.nan
+        got = palmette.tree_attention(case.q, case.k, case.v, plan)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_gradients_of_a_key_of_weight_zero(value):
+    """It lies infinitely far away, which is no news for the queries."""
+    case = make_case([-1, 0, 0], [80, 6, 6], "tokens", head_dim=16)
+    case.q[..., 0] = 1.0
+    case.k[3, :, 0] = -300.0
+    with testing.backend("emulated"):
+        out, lse, dq, _, _ = everything(case)
+        case.k[3, :, 0] = -torch.inf
+        case.v[3] = value
+        got = everything(case)
+    beyond = list(range(3)) + list(range(4, len(dq)))
+    for have, want in zip(got[:3], (out, lse, dq), strict=True):
+        torch.testing.assert_close(have[4:], want[4:])
+    assert torch.isfinite(got[2][beyond]).all()
+
+
+# ---- launches that find another plan than operators have checked, as those of a captured graph may
+
+
+class Replay:
+    """Operators on a plan that changes right before a kernel runs."""
+
+    def __init__(self, split):
+        self.tree = palmette.Tree([-1, 0, 0], [70, 9, 5], range(84))
+        self.plan = palmette.plan_tree_attention(
+            self.tree, num_q_heads=4, num_kv_heads=2, head_dim=16, target="gpu", split=split
+        )
+        torch.manual_seed(0)
+        self.inputs = [torch.randn(2, 4, 16), torch.randn(90, 2, 16), torch.randn(90, 2, 16)]
+        for x in self.inputs:
+            x.requires_grad_()
+
+    def changed_at(self, kernel, change):
+        tables, changed = self.plan.tensors, []
+
+        def before(name):
+            if name == kernel and not changed:
+                change(self.tree)
+                self.plan.update()
+                changed.append(name)
+                assert all(a is b for a, b in zip(tables, self.plan.tensors, strict=True)), "it has grown"
+
+        return testing.recorded_launches(before=before)
+
+    def attention(self):
+        return palmette.tree_attention(*self.inputs, self.plan, return_lse=True)
+
+
+OTHER_PLANS = pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree.branch(1, 3),
+        lambda tree: tree.prune(2),
+        lambda tree: tree.append([1], [1], [90]),  # k has 90 rows
+    ],
+    ids=["more queries", "fewer queries", "a slot beyond k"],
+)
+
+
+@pytest.mark.parametrize("name", EMULATORS)
+@pytest.mark.parametrize("split", ["auto", "node"])  # with and without partial states
+class TestChangedPlans:
+    @torch.no_grad()
+    def test_as_many_queries_are_followed(self, split, name):
+        case = Replay(split)
+        with testing.backend(name):
+            with case.changed_at("attend", lambda tree: tree.append([1, 2], [1, 2], [84, 85, 86])):
+                got = case.attention()
+            assert case.tree.num_tokens == 87
+            assert all(torch.equal(a, b) for a, b in zip(got, case.attention(), strict=True))
+
+    @torch.no_grad()
+    @OTHER_PLANS
+    def test_others_give_nan(self, split, name, change):
+        case = Replay(split)
+        with testing.backend(name), case.changed_at("attend", change):
+            out, lse = case.attention()
+        assert out.isnan().all()
+        assert lse.isnan().all()
+
+    @OTHER_PLANS
+    def test_gradients_of_others_are_nan(self, split, name, change):
+        case = Replay(split)
+        with testing.backend(name), case.changed_at("attend_dq", change):
+            case.attention()[0].sum().backward()
+        assert all(x.grad.isnan().all() for x in case.inputs)
+
+
 # ---- plans on another device
 
 
@@ -176,6 +286,44 @@ def test_bad_target():
         palmette.plan_tree_attention(tree, num_q_heads=1, num_kv_heads=1, head_dim=8, target="tpu")
 
 
+def test_tables_of_a_device_are_those_of_the_host():
+    """On the CPU, where they can be looked at."""
+    for slots in (None, range(42)):
+        tree = palmette.Tree([-1, 0, 0], [40, 1, 1], slots)
+        plan = palmette.plan_tree_attention(tree, num_q_heads=4, num_kv_heads=2, head_dim=16)
+        plan._there = DeviceTables(torch.device("cpu"))
+        for step in range(60):
+            leaves = tree.leaves
+            first = tree.num_tokens
+            tree.append(
+                leaves, [1] * len(leaves), None if slots is None else range(first, first + len(leaves))
+            )
+            if step % 20 == 19:
+                tree.branch(int(leaves[0]), 2)
+                tree.append(tree.children(int(leaves[0])), [1, 1], None if slots is None else [200, 201])
+            if step == 50:
+                tree.prune(int(tree.leaves[-1]))
+            plan.update()
+            host = plan.slots, plan.query, plan.segment, plan.item, plan.task
+            host = *host, plan.merge_ptr, plan.merge_row, plan.counts
+            used = int(tree.counts[4]) if slots is not None else tree.num_tokens
+            for i, (got, want) in enumerate(zip(plan.tensors, host, strict=True)):
+                assert got.shape == want.shape
+                assert torch.equal(got[:used], want[:used]) if i == 0 else torch.equal(got, want)
+
+
+def test_shared_slots_have_no_gradients_on_a_gpu():
+    tree = palmette.Tree([-1, 0, 0], [4, 1, 1], [0, 1, 2, 3, 4, 4])
+    plan = palmette.plan_tree_attention(tree, num_q_heads=4, num_kv_heads=2, head_dim=16, device="meta")
+    message = "slots of the tree must be distinct where gradients are wanted on a GPU, got 5 for 6 tokens"
+    q, k = torch.zeros(2, 4, 16, device="meta"), torch.zeros(5, 2, 16, device="meta", requires_grad=True)
+    with pytest.raises(ValueError, match=message):
+        palmette.tree_attention(q, k, k, plan)
+    tree.prune(2)
+    plan.update()
+    plan.check_gradients()
+
+
 # ---- bytes
 
 
@@ -197,6 +345,20 @@ class TestBytes:
     def test_kv_is_read_as_often_as_the_plan_says(self, split, dtype):
         case = make_case(*IRREGULAR, dtype=dtype, split=split, block_len=64)
         assert bytes_of_kv(case) == self.expected(case)
+
+    def test_nan_in_a_query_costs_nothing(self):
+        case = make_case(*IRREGULAR, "tokens")
+        expected = bytes_of_kv(case)
+        case.q[3, 1, 2] = torch.nan
+        assert bytes_of_kv(case) == expected
+
+    def test_inf_of_weight_zero_reads_the_keys_of_its_rows_once_more(self):
+        case = make_case([-1], [80], head_dim=16)  # one query
+        expected = bytes_of_kv(case)
+        case.q[..., 0], case.k[3, :, 0], case.v[3] = 20.0, -200.0, torch.inf
+        k_and_v = 80 * 2 * (16 + 16) * 4
+        assert expected == k_and_v
+        assert bytes_of_kv(case) == k_and_v + 2 * k_and_v - 4 * 16 * 4  # 2 heads share a KV head; v[3] is not
 
     def test_partial_states(self):
         tree = palmette.Tree([-1, 0, 0], [1500, 4, 4])

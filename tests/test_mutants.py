@@ -58,8 +58,10 @@ def test_no_kernel_is_forgotten():
 
 def test_every_test_exists():
     for test in {test for mutant in MUTANTS for test in mutant.tests}:
-        file, name = re.fullmatch(r"(tests/\w+\.py)::(\w+)(?:\[.*\])?", test).groups()
-        assert f"\ndef {name}(" in (ROOT / file).read_text(), test
+        file, *classes, name = re.fullmatch(r"(tests/\w+\.py(?:::\w+)+)(?:\[.*\])?", test)[1].split("::")
+        text = (ROOT / file).read_text()
+        assert f"{'    ' * len(classes)}def {name}(" in text or f"\nclass {name}:" in text, test
+        assert all(f"\nclass {name}:" in text for name in classes), test
 
 
 def test_the_table_has_every_mutant():

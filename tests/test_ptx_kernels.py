@@ -35,8 +35,8 @@ SOURCES = {
     "attend_merge": "attend/kernel_gpu.cu",
     "attend_delta": "attend/kernel_backward_gpu.cu",
     "attend_dsinks": "attend/kernel_backward_gpu.cu",
-    "attend_dq": "attend/kernel_backward_gpu.cu",
-    "attend_dkv": "attend/kernel_backward_gpu.cu",
+    "attend_dq": "attend/kernel_dq_gpu.cu",
+    "attend_dkv": "attend/kernel_dkv_gpu.cu",
     "merge_states": "merge/kernel_gpu.cu",
     "merge_states_backward": "merge/kernel_gpu.cu",
 }
@@ -439,8 +439,8 @@ def test_no_defect_in_dq_escapes():
     # as in attend: Q and dO come with the first tile, and no copy is left, here or behind all tasks
     seen = defects(launch, choose, [*ptx.MUTATIONS, IGNORED_SOURCE_SIZE], most=4, equivalent=1 + 2 * 2)
     assert seen >= OF_MATRICES | {IGNORED_SOURCE_SIZE.name}
-    # the first one of list_tasks(): others divide whoever writes from whoever reads; that of write_sums()
-    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=2)
+    # that of write_sums(): nobody reads what it divides from what is written
+    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=1)
 
 
 def test_no_defect_in_dq_escapes_where_there_are_no_tasks():
@@ -456,8 +456,8 @@ def test_no_defect_in_dkv_escapes():
     # K and V come with the first rows, and no copy is left behind the last ones
     seen = defects(launch, choose, mutations, most=4, equivalent=1 + 2)
     assert seen >= OF_MATRICES | {IGNORED_SOURCE_SIZE.name}
-    # that of list_tasks(), that between items, and that before the first sums
-    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=3)
+    # that between items, and that before the first sums
+    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=2)
 
 
 HIDDEN, SEEN = [0, 4, 5, 1, 9, 0], [4, 4, 0, 0, 9, 0]  # segments, from the query's position 0
@@ -468,12 +468,12 @@ def test_no_defect_in_dkv_escapes_where_keys_are_hidden():
     # Nobody sees the keys, so nobody has waited for them before the end.
     launch = run_hand_made(hand_made([[0, 1, 0, 1]], [HIDDEN], 1), True)["attend_dkv"]
     assert defects(launch, choose, OF_COPIES) == {m.name for m in OF_COPIES}
-    # that of list_tasks(), that before the only item, and the two of the second sums, all zeros as the first
-    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=4)
+    # that before the only item, and the two of the second sums, all zeros as the first
+    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=3)
     # An item whose keys nobody sees, and the next one.
     launch = run_hand_made(hand_made([[0, 1, 0, 1], [1, 2, 0, 1]], [HIDDEN, SEEN], 1), True)["attend_dkv"]
-    # that of list_tasks(), and one of two: that behind the rows, that before the first sums
-    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=3)
+    # one of two: that behind the rows, that before the first sums
+    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=2)
 
 
 def test_no_defect_in_the_reductions_escapes():

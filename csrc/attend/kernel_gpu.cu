@@ -15,9 +15,9 @@
 // With more than 32 rows every warp takes 16 of them and all keys of a tile; with fewer, two or four warps
 // share the rows and divide the keys, and their states are merged at the end.
 //
-// A weight of exactly 0 contributes nothing, even times inf or NaN. The products cannot say that, so a row
-// whose result is not finite is computed once more, key by key (careful_value). Finite results pay for a
-// comparison.
+// A weight of exactly 0 contributes nothing, even times inf or NaN. The products cannot say that, so where V
+// has made columns of a row inf or NaN, those are computed once more, key by key (careful_values). Finite
+// results pay for a comparison.
 #include <algorithm>
 
 #include "attend/tiles_gpu.cuh"
@@ -67,20 +67,26 @@ __device__ __forceinline__ Finished finish(const AttendParams& p, int head, floa
   return {l == 0 ? 0.0f : weight / l, l == 0 ? -INFINITY : (m + log2f(l)) * kLn2};
 }
 
-// sum_k P V of one query of a task, one head and one column, leaving out weights of exactly 0. Rare, so small
-// code is all that counts.
-template <class E>
-__device__ __forceinline__ float careful_value(const Problem<E>& a, const PlanTask& task, const QueryRow& row,
-                                               int head, float top, int column) {
+// sum_k P V of one query of a task and one head, leaving out weights of exactly 0, by a group of lanes: column
+// lane() + 32 i is total[i]. Rare, so small code is all that counts.
+template <class E, int kValues>
+__device__ __forceinline__ void careful_values(const Problem<E>& a, const PlanTask& task, const QueryRow& row,
+                                               int head, float top, float (&total)[kValues]) {
   const int kv_head = head / (a.p.num_q_heads / a.p.num_kv_heads);
   const E* q = a.q.row(a.p.plan.query_index[row.query], head);
-  float total = 0;
+#pragma unroll
+  for (float& sum : total) sum = 0;
   for_each_visible_key(a.p.plan, task.item_begin, task.item_end, row, a.logits.window, [&](const Key& key) {
-    const float product = dot(q, a.k.row(key.slot, kv_head), a.p.head_dim);
+    const float product = group_dot(q, a.k.row(key.slot, kv_head), a.p.head_dim);
     const float weight = ptx::ex2(a.logits(product) - top);
-    if (weight != 0) total = fmaf(weight, widen(a.v.row(key.slot, kv_head)[column]), total);
+    if (weight == 0) return;
+    const E* v = a.v.row(key.slot, kv_head);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const int x = lane() + kLanes * i;
+      if (x < a.p.v_head_dim) total[i] = fmaf(weight, widen(v[x]), total[i]);
+    }
   });
-  return total;
 }
 
 // Keys that a warp meets at a time, which the columns of O must leave registers for. Rows of four warps have
@@ -95,6 +101,7 @@ template <class Math, int kColumns, int kStep>
 struct Rows {
   using E = typename Math::Element;
   static constexpr int kKeys = kTileKeys<E>, kN = kStep / 8, kTiles = kColumns / 8;
+  static constexpr int kValues = kColumns / kLanes;  // of a lane, of a row that is written
 
   const Problem<E>& a;
   const AttendParams& p;
@@ -264,30 +271,35 @@ struct Rows {
         static_cast<float*>(p.partial_sum)[partial] = sum;
       }
     }
-    bool bad = false;
-    for (int x = lane(); x < p.v_head_dim; x += kLanes) {
+    const auto put = [&](int x, float value) {
+      if (direct) {
+        out[x] = narrow<E>(value * done.factor);
+      } else {
+        partial_out[x] = value;
+      }
+    };
+    bool bad[kValues] = {}, some_bad = false;
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      const int x = lane() + kLanes * j;
+      if (x >= p.v_head_dim) break;
       float value = 0;
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) {
         if (i < key_warps)
           value += states[((r / 16 + row_warps * i) * 16 + r % 16) * a.o_stride + x] * weight[i];
       }
-      bad |= !is_finite(value);
-      if (direct) {
-        out[x] = narrow<E>(value * done.factor);
-      } else {
-        partial_out[x] = value;
-      }
+      bad[j] = !is_finite(value);
+      some_bad |= bad[j];
+      put(x, value);
     }
-    if (!any(bad)) return;
-    const QueryRow seen = query_row(p.plan, query);
-    for (int x = lane(); x < p.v_head_dim; x += kLanes) {
-      const float value = careful_value(a, task, seen, head, top, x);
-      if (direct) {
-        out[x] = narrow<E>(value * done.factor);
-      } else {
-        partial_out[x] = value;
-      }
+    // The sum of a row that has met a logit of NaN or +inf is NaN, and so will be its results.
+    if (sum != sum || !any(some_bad)) return;
+    float value[kValues];
+    careful_values(a, task, query_row(p.plan, query), head, top, value);
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      if (bad[j]) put(lane() + kLanes * j, value[j]);
     }
   }
 };
@@ -298,11 +310,16 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 && sizeof(typename Ma
   const AttendParams& p = a.p;
   const auto index = static_cast<int32_t>(blockIdx.x / p.num_kv_heads);
   const auto kv_head = static_cast<int>(blockIdx.x % p.num_kv_heads);
+  using E = typename Math::Element;
+  if (!plan_fits(p)) {
+    fill_nan<E>(p.out, p.plan.num_queries, p.num_q_heads, p.v_head_dim);
+    fill_nan<float>({p.lse, p.num_q_heads, 1}, p.plan.num_queries, p.num_q_heads, 1);
+    return;
+  }
   if (index >= p.plan.counts[kNumTasks]) return;
   const PlanTask task = p.plan.task[index];
   if (task.kv_head >= 0 && task.kv_head != kv_head) return;
   const int rows = (task.query_end - task.query_begin) * (p.num_q_heads / p.num_kv_heads);
-  using E = typename Math::Element;
   for (int first = 0; first < rows; first += kMaxRows) {
     const int count = min(kMaxRows, rows - first);
     if (count > 16) {
@@ -318,7 +335,7 @@ template <class E>
 __global__ void __launch_bounds__(kThreads) attend_merge_kernel(const __grid_constant__ AttendParams p) {
   const int64_t index = int64_t{blockIdx.x} * kWarps + warp();
   const int64_t query = index / p.num_q_heads, head = index % p.num_q_heads;
-  if (query >= p.plan.counts[kNumQueries] || p.plan.counts[kNumPartials] == 0) return;
+  if (query >= p.plan.num_queries || !plan_fits(p) || p.plan.counts[kNumPartials] == 0) return;
   const int32_t begin = p.plan.merge_ptr[query], end = p.plan.merge_ptr[query + 1];
   if (begin == end) return;
   const auto* part_max = static_cast<const float*>(p.partial_max);
@@ -335,8 +352,9 @@ __global__ void __launch_bounds__(kThreads) attend_merge_kernel(const __grid_con
   for (int x = lane(); x < p.v_head_dim; x += kLanes) {
     float value = 0;
     for (int i = begin; i < end; ++i) {
-      if (part_sum[state(i)] == 0) continue;
-      value = fmaf(part_out[state(i) * p.v_head_dim + x], ptx::ex2(part_max[state(i)] - top), value);
+      const float weight = ptx::ex2(part_max[state(i)] - top);
+      if (weight == 0 || part_sum[state(i)] == 0) continue;  // whatever its row holds
+      value = fmaf(part_out[state(i) * p.v_head_dim + x], weight, value);
     }
     out[x] = narrow<E>(value * done.factor);
   }

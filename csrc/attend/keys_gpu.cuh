@@ -12,10 +12,9 @@ template <class E>
 constexpr int kTileKeys = sizeof(E) == 2 ? 64 : 32;
 
 // A key as a query sees it: where it lies, and the positions lo <= pos < hi that see it.
-struct Key {
+struct alignas(16) Key {  // read by one instruction
   int32_t slot, lo, hi, depth;
 };
-static_assert(sizeof(Key) == 16, "read by one instruction");
 
 constexpr Key kNoKey{0, INT32_MAX, INT32_MIN, 0};  // no position sees it
 

@@ -49,6 +49,22 @@ __device__ __forceinline__ void copy_key_rows(const Matrix<E>& to, int rows, con
             [&](int row) -> const E* { return row < count ? from.row(keys[row].slot, kv_head) : nullptr; });
 }
 
+// Is the plan still one for these q and k? A captured graph, or compiled code, is launched again with what the
+// tables hold by then. Kernels follow any change of them, but not one that q or k has no rows for.
+__device__ __forceinline__ bool plan_fits(const AttendParams& p) {
+  return p.plan.counts[kNumQueries] == p.plan.num_queries && p.plan.counts[kNumSlots] <= p.num_slots;
+}
+
+// Where it is not, results are NaN: all blocks of a launch together fill a tensor [tokens, heads, width].
+template <class E>
+__device__ __forceinline__ void fill_nan(const Strided& to, int64_t tokens, int heads, int width) {
+  for (int64_t row = int64_t{blockIdx.x} * kWarps + warp(); row < tokens * heads;
+       row += int64_t{gridDim.x} * kWarps) {
+    E* data = static_cast<E*>(to.data) + row / heads * to.token + row % heads * to.head;
+    for (int x = lane(); x < width; x += kLanes) data[x] = narrow<E>(NAN);
+  }
+}
+
 // Stages of shared memory that K and V pass through, and the keys of the tiles in and before them.
 constexpr int kMaxStages = 2;
 
@@ -183,12 +199,13 @@ __device__ __forceinline__ void for_each_visible_key(const PlanView& plan, int32
   }
 }
 
+// By the lanes of a group together, the same on each.
 template <class E>
-__device__ __forceinline__ float dot(const E* a, const E* b, int width) {
+__device__ __forceinline__ float group_dot(const E* a, const E* b, int width) {
   float sum = 0;
 #pragma unroll 1
-  for (int x = 0; x < width; ++x) sum = fmaf(widen(a[x]), widen(b[x]), sum);
-  return sum;
+  for (int x = lane(); x < width; x += kLanes) sum = fmaf(widen(a[x]), widen(b[x]), sum);
+  return group_sum(sum);
 }
 
 constexpr float kLargest = 3.4028235e38f;
@@ -199,8 +216,10 @@ constexpr float kEmptyMax = -3e38f;  // not -inf: a difference of maxima is then
 
 inline void require_head_dims(const AttendParams& p) {
   if (p.head_dim <= kMaxHeadDim && p.v_head_dim <= kMaxHeadDim) return;
-  throw std::runtime_error("head_dim must be at most 256 on a GPU, got " + std::to_string(p.head_dim) +
-                           " (of v: " + std::to_string(p.v_head_dim) + ")");
+  const bool of_v = p.head_dim <= kMaxHeadDim;
+  throw std::runtime_error(std::string("head_dim of ") + (of_v ? "v" : "q and k") +
+                           " must be at most 256 on a GPU, got " +
+                           std::to_string(of_v ? p.v_head_dim : p.head_dim));
 }
 
 inline void require_shared(size_t bytes, const AttendParams& p) {

@@ -7,33 +7,16 @@
 #include <stdexcept>
 #include <string>
 
+#include "gpu/native.h"
+
 #define PALMETTE_PTX 1
 #define PALMETTE_TENSOR_CORES 1
 #define PALMETTE_SCALAR_16 0
-
-#define PALMETTE_SITE
-#define PALMETTE_COMMA_SITE
-#define PALMETTE_COMMA_PASS
 
 namespace palmette::gpu {
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-template <class S>
-__device__ __forceinline__ S& shared() {
-  extern __shared__ __align__(1024) unsigned char palmette_shared[];
-  return *reinterpret_cast<S*>(palmette_shared);
-}
-
-template <class T>
-__device__ __forceinline__ T load(const T* address) {
-  return *address;
-}
-template <class T>
-__device__ __forceinline__ void store(T* address, T value) {
-  *address = value;
 }
 
 // ---- groups of 32 lanes
@@ -54,8 +37,13 @@ __device__ __forceinline__ bool all(bool predicate) { return __all_sync(0xFFFFFF
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xFFFFFFFFu, predicate); }
 
 // ---- launches
-// This library's copy of the CUDA runtime need not know which device torch's copy has chosen.
-inline void prepare(const LaunchContext& context) { check(cudaSetDevice(context.device), "cudaSetDevice"); }
+// Lives while an operator launches its kernels. This library's copy of the CUDA runtime need not know which
+// device torch's copy has chosen.
+struct LaunchScope {
+  explicit LaunchScope(const LaunchContext& context) {
+    check(cudaSetDevice(context.device), "cudaSetDevice");
+  }
+};
 
 inline const char* device_status() {
   int count = 0;
@@ -77,9 +65,10 @@ inline size_t shared_limit() {
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             const LaunchContext& context, Arguments&&... arguments) {
+  // The most that any launch may want, so that threads which launch the same kernel agree.
   if (shared_bytes > (48 << 10)) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_limit())),
           name);
   }
   cudaLaunchConfig_t config{};

@@ -65,7 +65,7 @@ class Registration {
   template <class Params>
   static void add(const char* name, void (*)(const Params&, const LaunchContext&)) noexcept {
     add_kernel({name, sizeof(Params), [](const void* params, const LaunchContext& context) {
-                  prepare(context);
+                  const LaunchScope scope(context);
                   kLaunch(*static_cast<const Params*>(params), context);
                 }});
   }

@@ -13,13 +13,11 @@
 #include <string>
 #include <tuple>
 
+#include "gpu/native.h"
+
 #define PALMETTE_HIP 1
 #define PALMETTE_TENSOR_CORES 0  // CDNA's work on a whole wave, and their fragments are laid out otherwise
 #define PALMETTE_SCALAR_16 1
-
-#define PALMETTE_SITE
-#define PALMETTE_COMMA_SITE
-#define PALMETTE_COMMA_PASS
 
 #ifndef __grid_constant__
 #define __grid_constant__
@@ -29,21 +27,6 @@ namespace palmette::gpu {
 
 inline void check(hipError_t status, const char* what) {
   if (status != hipSuccess) throw std::runtime_error(std::string(what) + ": " + hipGetErrorString(status));
-}
-
-template <class S>
-__device__ __forceinline__ S& shared() {
-  extern __shared__ __align__(1024) unsigned char palmette_shared[];
-  return *reinterpret_cast<S*>(palmette_shared);
-}
-
-template <class T>
-__device__ __forceinline__ T load(const T* address) {
-  return *address;
-}
-template <class T>
-__device__ __forceinline__ void store(T* address, T value) {
-  *address = value;
 }
 
 // ---- groups of 32 lanes
@@ -66,7 +49,9 @@ __device__ __forceinline__ bool any(bool predicate) { return ballot(predicate) !
 __device__ __forceinline__ bool all(bool predicate) { return ballot(!predicate) == 0; }
 
 // ---- launches
-inline void prepare(const LaunchContext& context) { check(hipSetDevice(context.device), "hipSetDevice"); }
+struct LaunchScope {  // lives while an operator launches its kernels
+  explicit LaunchScope(const LaunchContext& context) { check(hipSetDevice(context.device), "hipSetDevice"); }
+};
 
 inline const char* device_status() {
   int count = 0;

@@ -224,6 +224,37 @@ CacheRows cache_rows(const Tensor& cache, const char* name) {
   return rows;
 }
 
+// Do two caches [slots, Hk, *] have elements in common? Views of one pool, such as [slots, 2, Hk, D], may lie
+// between each other; those whose slots are not equally far apart are not told apart.
+bool share_memory(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto element = static_cast<int64_t>(a.element_size());
+  const auto end = [&](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < 3; ++d) last += (t.size(d) - 1) * t.stride(d);
+    return reinterpret_cast<intptr_t>(t.data_ptr()) + (last + 1) * static_cast<int64_t>(t.element_size());
+  };
+  const intptr_t a_begin = reinterpret_cast<intptr_t>(a.data_ptr()),
+                 b_begin = reinterpret_cast<intptr_t>(b.data_ptr());
+  if (end(a) <= b_begin || end(b) <= a_begin) return false;
+  const int64_t slots = a.size(0), heads = a.size(1);
+  const bool alike = a.element_size() == b.element_size() && (slots == 1 || a.stride(0) == b.stride(0)) &&
+                     (b_begin - a_begin) % element == 0;
+  if (!alike) return true;
+  // Of two heads, and of slots s apart, the row of b begins x - s * stride(0) behind that of a. They meet if
+  // that is between -width of b and the width of a.
+  const auto floor_div = [](int64_t x, int64_t y) { return x / y - (x % y < 0 ? 1 : 0); };
+  const int64_t row = slots > 1 ? a.stride(0) : 1;
+  for (int64_t i = 0; i < heads; ++i) {
+    for (int64_t j = 0; j < heads; ++j) {
+      const int64_t x = (b_begin - a_begin) / element + j * b.stride(1) - i * a.stride(1);
+      const int64_t first = floor_div(x - a.size(2), row) + 1, last = floor_div(x + b.size(2) - 1, row);
+      if (std::max(first, 1 - slots) <= std::min(last, slots - 1)) return true;
+    }
+  }
+  return false;
+}
+
 // A part of every row of a cache: it moves on its own, so parts are what threads share.
 struct Part {
   char* data;
@@ -315,9 +346,8 @@ void compact_kv_(const Tensor& k_cache, const Tensor& v_cache, const Tensor& src
   check_dim(v_cache, "v_cache", "[slots, Hk, Dv]", 3);
   require(v_cache.size(0) == k_cache.size(0) && v_cache.size(1) == k_cache.size(1), "v_cache",
           text("[", k_cache.size(0), ", ", k_cache.size(1), ", Dv] like k_cache"), shape_text(v_cache));
-  require(k_cache.numel() == 0 || v_cache.numel() == 0 || k_cache.data_ptr() != v_cache.data_ptr(), "v_cache",
-          "memory of its own", "that of k_cache");
   const CacheRows caches[2] = {cache_rows(k_cache, "k_cache"), cache_rows(v_cache, "v_cache")};
+  require(!share_memory(k_cache, v_cache), "v_cache", "memory of its own", "some of k_cache's");
   if (!src_slots.is_cpu()) {
     check_dim(src_slots, "src_slots", "[n]", 1);
     check_shape(dst_slots, "dst_slots", "[n]", {src_slots.size(0)});

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from palmette import _library
 from palmette._attend import PlanTensors
+from palmette._device import DeviceTables, resolve
 
 _ops = torch.ops.palmette
 
@@ -76,7 +77,9 @@ def plan_varlen(
     )
     if on_cpu:
         return plan
-    slots, query, segment, item, task, merge_ptr, merge_row, counts = (t.to(device) for t in plan)
+    copies = DeviceTables(resolve(device))
+    copies.fill(plan)
+    slots, query, segment, item, task, merge_ptr, merge_row, counts = copies.tables
     return slots, query, segment, item, task, merge_ptr, merge_row, counts
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,9 @@ from palmette import _library  # registers the operators
 
 EMULATORS = ("emulated", "emulated_check")
 _ORDERS = ("forward", "reverse", "random")
+_H100_SHARED = 227 << 10
+_settings = (0, 1, 32, _H100_SHARED, 0)  # of the emulators, as emulator() set them last
+_lock = threading.RLock()  # of _settings and _recordings
 
 
 @functools.cache
@@ -28,6 +32,10 @@ def _emulator(name: str) -> ctypes.CDLL | None:
         return None
     torch.ops.palmette._load_gpu_library(str(path))
     return ctypes.CDLL(str(path))
+
+
+def _emulators() -> list[ctypes.CDLL]:
+    return [library for name in EMULATORS if (library := _emulator(name)) is not None]
 
 
 def backends() -> tuple[str, ...]:
@@ -64,6 +72,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the backend does not exist, is not built, or this machine does not run it.
+        RuntimeError: the environment variable PALMETTE_ISA names a body that this machine does not run.
     """
     if name not in backends():
         raise ValueError(f"backend must be one of {', '.join(backends())}, got {name!r}")
@@ -127,36 +136,44 @@ def emulator(
     shared_limit: int = 227 << 10,
     count_requests: bool = False,
 ) -> Iterator[None]:
-    """How the emulators execute kernels while the enclosed code runs.
+    """How the emulators execute kernels while the enclosed code runs: in all threads, until it is left.
 
     Args:
         order: of blocks, warps and lanes: ``"forward"``, ``"reverse"`` or ``"random"``.
-        seed: of the random order; the same seed is the same schedule.
+        seed: of the random order, at least 0; the same seed is the same schedule.
         warp_size: 32, or 64 as on some AMD GPUs, where kernels use no tensor cores.
         shared_limit: bytes of shared memory that a block may have. Default: an H100's.
         count_requests: ``"emulated_check"`` counts requests, sectors and conflicts of banks too, which makes
             it slower.
 
     Raises:
-        ValueError: order or warp_size is unknown.
+        ValueError: order or warp_size is unknown, seed or shared_limit out of range.
     """
+    global _settings
     if order not in _ORDERS:
         raise ValueError(f"order must be one of {', '.join(_ORDERS)}, got {order!r}")
     if warp_size not in (32, 64):
         raise ValueError(f"warp_size must be 32 or 64, got {warp_size}")
-    libraries = [library for name in EMULATORS if (library := _emulator(name)) is not None]
+    for name, value in (("seed", seed), ("shared_limit", shared_limit)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+            raise ValueError(f"{name} must be an integer in [0, 2^63), got {value!r}")
 
-    def configure(*options: int) -> None:
-        for library in libraries:
-            library.palmette_emulator_configure(
-                options[0], ctypes.c_uint64(options[1]), options[2], ctypes.c_uint64(options[3]), options[4]
-            )
+    def configure(settings: tuple[int, int, int, int, int]) -> tuple[int, int, int, int, int]:
+        global _settings
+        with _lock:
+            for library in _emulators():
+                kind, drawn, lanes, limit, count = settings
+                library.palmette_emulator_configure(
+                    kind, ctypes.c_uint64(drawn), lanes, ctypes.c_uint64(limit), count
+                )
+            before, _settings = _settings, settings
+        return before
 
-    configure(_ORDERS.index(order), seed, warp_size, shared_limit, int(count_requests))
+    before = configure((_ORDERS.index(order), seed, warp_size, shared_limit, int(count_requests)))
     try:
         yield
     finally:
-        configure(0, 1, 32, 227 << 10, 0)
+        configure(before)
 
 
 @dataclass(frozen=True)
@@ -178,6 +195,8 @@ class Traffic:
 
 def traffic(name: str) -> Traffic:
     """What the last operator on ``"emulated_check"`` moved of a tensor, by the argument's name (``"k"``).
+
+    An operator that ran on another backend since, or whose arguments were refused, has left it as it was.
 
     Raises:
         ValueError: that operator had no such tensor, or the check build of the emulator is missing.
@@ -279,49 +298,94 @@ def _three(extents: ctypes.Array[ctypes.c_uint32]) -> tuple[int, int, int]:
     return extents[0], extents[1], extents[2]
 
 
+class _Recording:
+    """What one ``recorded_launches()`` has seen so far."""
+
+    def __init__(
+        self, before: Callable[[str], None] | None, then: Callable[[RecordedLaunch], None] | None
+    ) -> None:
+        self.before, self.then = before, then
+        self.launches: list[RecordedLaunch] = []
+        self.error: BaseException | None = None  # of a callback: nothing may be thrown through the emulator
+
+    def see(self, launch: _LaunchRecord, done: bool) -> None:
+        if self.error is not None:
+            return
+        try:
+            if not done:
+                self._start(launch)
+            else:
+                self._finish()
+        except BaseException as error:
+            self.error = error
+
+    def _start(self, launch: _LaunchRecord) -> None:
+        if self.before is not None:
+            self.before(launch.name.decode())
+        memory = (
+            LaunchMemory(e.name.decode(), e.data, e.writable, ctypes.string_at(e.data, e.bytes))
+            for e in launch.extents[: launch.num_extents]
+        )
+        parameters = ctypes.string_at(launch.parameters, launch.parameter_bytes)
+        shape = _three(launch.grid), _three(launch.block)
+        name = launch.name.decode()
+        self.launches.append(RecordedLaunch(name, *shape, launch.shared_bytes, parameters, tuple(memory)))
+
+    def _finish(self) -> None:
+        memory = (
+            replace(m, after=ctypes.string_at(m.address, len(m.before))) for m in self.launches[-1].memory
+        )
+        self.launches[-1] = replace(self.launches[-1], memory=tuple(memory))
+        if self.then is not None:
+            self.then(self.launches[-1])
+
+
+_recordings: list[_Recording] = []
+
+
+@_Recorder
+def _record(pointer: ctypes._Pointer[_LaunchRecord], done: int) -> None:
+    for recording in tuple(_recordings):
+        recording.see(pointer.contents, bool(done))
+
+
+def _set_recordings(recordings: list[_Recording]) -> None:
+    with _lock:
+        _recordings[:] = recordings
+        for library in _emulators():
+            library.palmette_emulator_record(_record if _recordings else None)
+
+
 @contextlib.contextmanager
 def recorded_launches(
     then: Callable[[RecordedLaunch], None] | None = None,
+    *,
+    before: Callable[[str], None] | None = None,
 ) -> Iterator[list[RecordedLaunch]]:
     """The kernels that the emulators run in the enclosed code, each with its memory before and after.
 
-    An operator may launch several kernels, of which one reads what another wrote: ``before`` is what memory
-    holds right before a launch.
+    An operator may launch several kernels, of which one reads what another wrote: a ``LaunchMemory``'s
+    ``before`` is what memory holds right before a launch. Launches of all threads are recorded, and those of
+    a recording within a recording by both. When an operator fails, its last launch has no ``after``.
 
     Args:
-        then: is called after every launch, before the operator goes on. It may not raise.
+        then: is called with every launch when it is done, before the operator goes on. It cannot run
+            operators on the emulator.
+        before: is called with the name of every kernel right before it runs. Operators have checked their
+            arguments by then: what it changes in memory is what a launch of a captured CUDA graph would find.
+
+    Raises:
+        Exception: what ``then`` or ``before`` raised, at the end of the enclosed code; nothing was recorded
+            from then on.
     """
-    launches: list[RecordedLaunch] = []
-
-    @_Recorder
-    def record(pointer: ctypes._Pointer[_LaunchRecord], done: int) -> None:
-        launch = pointer.contents
-        extents = launch.extents[: launch.num_extents]
-        if not done:
-            memory = (
-                LaunchMemory(e.name.decode(), e.data, e.writable, ctypes.string_at(e.data, e.bytes))
-                for e in extents
-            )
-            parameters = ctypes.string_at(launch.parameters, launch.parameter_bytes)
-            shape = _three(launch.grid), _three(launch.block)
-            name = launch.name.decode()
-            launches.append(RecordedLaunch(name, *shape, launch.shared_bytes, parameters, tuple(memory)))
-        else:
-            memory = (
-                replace(m, after=ctypes.string_at(m.address, len(m.before))) for m in launches[-1].memory
-            )
-            launches[-1] = replace(launches[-1], memory=tuple(memory))
-            if then is not None:
-                then(launches[-1])
-
-    libraries = [library for name in EMULATORS if (library := _emulator(name)) is not None]
-    for library in libraries:
-        library.palmette_emulator_record(record)
+    recording = _Recording(before, then)
+    _set_recordings([*_recordings, recording])
     try:
-        yield launches
+        yield recording.launches
     finally:
-        for library in libraries:
-            library.palmette_emulator_record(None)
+        _set_recordings([r for r in _recordings if r is not recording])
+    if recording.error is not None:
+        raise recording.error
 
 
 def assert_accurate(

@@ -21,7 +21,7 @@ _ops = torch.ops.palmette
 
 # Rows of Tree.nodes and entries of Tree.counts; csrc/plan/tree.h describes all of them.
 PARENT, FIRST_CHILD, LENGTH, ALIVE = 0, 1, 6, 8
-NUM_NODES, NUM_TOKENS, VERSION, IDENTITY = 0, 5, 6, 7
+NUM_NODES, ARENA_USED, NUM_TOKENS, VERSION, IDENTITY = 0, 4, 5, 6, 7
 
 _MAX_INT32 = 2**31 - 1
 

@@ -57,7 +57,8 @@ def tree_attention(
 
     Raises:
         ValueError: shapes, dtypes, heads or head_dim do not fit each other or the plan, the plan is stale
-            (compiled code does not look), a slot of the tree is not a row of k, or an option is out of range.
+            (compiled code does not look), a slot of the tree is not a row of k, tokens share a slot where
+            gradients of k or v are wanted on a GPU, or an option is out of range.
 
     Source: DeFT (arXiv 2404.00242), sections 3.2 and 3.3, with intervals of depth-first numbers in place of
         bit masks.
@@ -77,6 +78,8 @@ def tree_attention(
             raise ValueError(
                 f"q must be [{plan.num_queries}, Hq, D], one row per query of the plan, got {list(q.shape)}"
             )
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            plan.check_gradients()
     for name, got, wanted in (
         ("heads of q", q.shape[1], plan.num_q_heads),
         ("heads of k", k.shape[1], plan.num_kv_heads),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from palmette import _library
-from palmette.tree import Tree, _integers
+from palmette._device import DeviceTables, resolve
+from palmette.tree import ARENA_USED, Tree, _integers
 
 _ops = torch.ops.palmette
 
@@ -23,9 +24,6 @@ DEFAULT_BLOCK_LEN = 192
 # Entries of TreeAttentionPlan.counts; csrc/plan/partition.h describes all of them.
 NUM_QUERIES, NUM_SEGMENTS, NUM_ITEMS, NUM_TASKS, NUM_PARTIALS, TREE_VERSION = 0, 1, 2, 3, 4, 6
 NUM_SLOTS = 8  # one past the largest slot
-
-# In the order in which operators take them.
-_TABLES = ("slots", "query", "segment", "item", "task", "merge_ptr", "merge_row", "counts")
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,11 @@ class TreeAttentionIO:
 class TreeAttentionPlan:
     """What ``plan_tree_attention`` returns: int32 tensors with room to grow.
 
-    Planning happens on the CPU, in the attributes below. A plan for another device has a copy there, which
-    ``update`` fills again in place while it has room; ``tensors`` is what operators take.
+    Planning happens on the CPU, in the attributes below. A plan for another device has a copy there, in one
+    block of memory, which ``update`` fills again in place while it has room: by one copy, which the host does
+    not wait for, ordered on the stream that is current then. ``tensors`` is what operators take. A captured
+    CUDA graph follows updates while the plan keeps its capacity and its number of queries; launched with
+    other tables it returns NaN.
 
     Queries are sorted by position; "query j" is the j-th in that order. docs/design.md, "A plan", describes
     the tables.
@@ -108,7 +109,7 @@ class TreeAttentionPlan:
     ) -> None:
         self.tree = tree
         self.device, self.target = device, target
-        self._copies: dict[str, Tensor] = {}  # the tables on another device
+        self._there: DeviceTables | None = None if device.type == "cpu" else DeviceTables(device)
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.split, self.block_len = split, block_len
         self._queries = queries if isinstance(queries, str) else "explicit"
@@ -121,6 +122,7 @@ class TreeAttentionPlan:
         self.merge_ptr, self.merge_row = (torch.zeros(0, dtype=torch.int32) for _ in range(2))
         self._io = torch.zeros(8, dtype=torch.int64)
         self._version = self.counts[TREE_VERSION]  # a view
+        self._distinct_at: int | None = None  # version of the tree that check_gradients() has seen
         self._plan()
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copied or unpickled view is no view
@@ -151,6 +153,22 @@ class TreeAttentionPlan:
                 f"got one of version {int(self._version)}: call plan.update() after the tree has changed"
             )
 
+    def check_gradients(self) -> None:
+        """Raises ValueError where gradients of k and v would be wrong: on a GPU, if tokens share a slot.
+
+        O(tokens), once after a change of the tree.
+        """
+        if self.device.type == "cpu" or self._distinct_at == self.tree.version:
+            return
+        slots = self.tree.slots
+        distinct = len(slots.unique()) if self.tree.has_slots else len(slots)
+        if distinct < len(slots):
+            raise ValueError(
+                f"slots of the tree must be distinct where gradients are wanted on a GPU, got {distinct} "
+                f"for {len(slots)} tokens"
+            )
+        self._distinct_at = self.tree.version
+
     @property
     def num_queries(self) -> int:
         """Rows that q must have."""
@@ -164,12 +182,13 @@ class TreeAttentionPlan:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The plan in the order in which operators take it."""
-        if self.device.type == "cpu":
-            tables = [getattr(self, name) for name in _TABLES]
-        else:
-            tables = [self._copies[name] for name in _TABLES]
-        slots, query, segment, item, task, merge_ptr, merge_row, counts = tables
+        tables = self._host_tables() if self._there is None else self._there.tables
+        query, segment, item, task, merge_ptr, merge_row, counts, slots = tables
         return slots, query, segment, item, task, merge_ptr, merge_row, counts
+
+    def _host_tables(self) -> tuple[Tensor, ...]:
+        small = self.query, self.segment, self.item, self.task, self.merge_ptr, self.merge_row, self.counts
+        return (*small, self.slots)
 
     @property
     def io(self) -> TreeAttentionIO:
@@ -202,17 +221,15 @@ class TreeAttentionPlan:
         while not _library.call(_ops.plan_tree.default, *self._arguments()):
             self._grow()
         self.slots = self.tree.arena
-        if self.device.type != "cpu":
-            self._copy()
-
-    def _copy(self) -> None:
-        """Brings the tables to the plan's device, into the tensors that are there unless they must grow."""
-        for name in _TABLES:
-            table, copy = getattr(self, name), self._copies.get(name)
-            if copy is None or copy.shape != table.shape:
-                self._copies[name] = table.to(self.device)
-            else:
-                copy.copy_(table)
+        if self._there is None:
+            return
+        tables = self._host_tables()
+        used = [table.numel() for table in tables]
+        if self.tree.has_slots:
+            used[-1] = int(self.tree.counts[ARENA_USED])
+        elif self._there.has_shapes_of(tables):
+            used[-1] = 0  # 0, 1, 2, ... for good
+        self._there.fill(tables, used)
 
     def _arguments(self) -> tuple[object, ...]:
         """What the operator takes: the tree, the request, and the tables to fill."""
@@ -281,7 +298,8 @@ def plan_tree_attention(
             finds cheapest. Results do not depend on it, up to rounding. Default: ``"auto"``.
         block_len: tokens of a block, for ``"flatten"`` and ``"node_chunk"``; the other splits do not use it.
             Default: 192.
-        device: of the q, k and v to come; the plan's tensors go there. Default: the CPU.
+        device: of the q, k and v to come; the plan's tensors go there. ``"cuda"`` is the current CUDA device.
+            Default: the CPU.
         target: whose costs ``"auto"`` minimises, and how much work a task holds: ``"cpu"`` or ``"gpu"``. Any
             plan is right on any device. Default: what the device is.
 
@@ -320,7 +338,7 @@ def plan_tree_attention(
             _integers("the nodes of queries", queries[0]),
             _integers("the offsets of queries", queries[1]),
         )
-    place = torch.device("cpu" if device is None else device)
+    place = resolve(device)
     if target is None:
         target = "cpu" if place.type == "cpu" else "gpu"
     if target not in TARGETS:

@@ -13,6 +13,7 @@ namespace palmette::emulator {
 // order: 0 forward, 1 reverse, 2 random with the seed.
 EXPORTED void palmette_emulator_configure(int order, uint64_t seed, int warp_size, uint64_t shared_limit,
                                           int count_requests) {
+  const std::lock_guard lock(mutex());
   options().order = static_cast<Order>(order);
   options().seed = seed;
   options().warp_size = warp_size;
@@ -21,12 +22,16 @@ EXPORTED void palmette_emulator_configure(int order, uint64_t seed, int warp_siz
 }
 
 // Has every launch told to `recorder`, until it is null again.
-EXPORTED void palmette_emulator_record(Recorder recorder) { options().recorder = recorder; }
+EXPORTED void palmette_emulator_record(Recorder recorder) {
+  const std::lock_guard lock(mutex());
+  options().recorder = recorder;
+}
 
 // What the last operator did to the buffer of that name, as BufferTraffic lists it. Returns 0 where there is
 // none; only the check build counts.
 EXPORTED int palmette_emulator_traffic([[maybe_unused]] const char* name, [[maybe_unused]] uint64_t* counts) {
   if constexpr (kChecked) {
+    const std::lock_guard lock(mutex());
     const BufferTraffic* traffic = traffic_of(name);
     if (traffic == nullptr) return 0;
     std::memcpy(counts, traffic, sizeof *traffic);
@@ -38,7 +43,8 @@ EXPORTED int palmette_emulator_traffic([[maybe_unused]] const char* name, [[mayb
 // What the last operator did to shared memory: requests, wavefronts, the least that it could have been; and
 // lines of text, each a place in the source and its wavefronts above the least.
 EXPORTED const char* palmette_emulator_shared_traffic([[maybe_unused]] uint64_t* counts) {
-  static std::string lines;
+  static thread_local std::string lines;
+  const std::lock_guard lock(mutex());
   lines.clear();
   if constexpr (kChecked) {
     const requests::SharedTraffic& shared = requests::shared();

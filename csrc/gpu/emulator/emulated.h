@@ -75,16 +75,7 @@ inline uint32_t ballot(bool predicate, EMULATOR_SITE) {
 }
 
 // ---- launches
-inline void prepare(const LaunchContext& context) {
-  emulator::options().workers = context.workers;
-  if constexpr (emulator::kChecked) {
-    emulator::forget_buffers();
-    for (size_t i = 0; i < context.num_extents; ++i) {
-      const Extent& e = context.extents[i];
-      emulator::register_buffer(e.data, e.bytes, e.name, e.writable);
-    }
-  }
-}
+using LaunchScope = emulator::LaunchScope;
 
 inline const char* device_status() { return ""; }
 inline bool has_tensor_cores() { return emulator::options().warp_size == 32; }

@@ -72,6 +72,30 @@ Options& options() {
   return instance;
 }
 
+std::recursive_mutex& mutex() {
+  static std::recursive_mutex instance;
+  return instance;
+}
+
+namespace {
+bool launching = false;  // under the mutex
+}
+
+LaunchScope::LaunchScope(const gpu::LaunchContext& context) : lock_(mutex()) {
+  if (launching) throw std::runtime_error("a recorder of launches cannot run operators on the emulator");
+  launching = true;
+  options().workers = context.workers;
+  if constexpr (kChecked) {
+    forget_buffers();
+    for (size_t i = 0; i < context.num_extents; ++i) {
+      const gpu::Extent& e = context.extents[i];
+      register_buffer(e.data, e.bytes, e.name, e.writable);
+    }
+  }
+}
+
+LaunchScope::~LaunchScope() { launching = false; }
+
 bool is_shared(const void* address, size_t bytes) {
   const Block& block = *self().block;
   const auto* p = static_cast<const unsigned char*>(address);

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 
 #include "gpu/emulator/record.h"
 
@@ -21,5 +22,21 @@ struct Options {
 };
 
 Options& options();
+
+// Is held by whoever reads or writes options() or what the check build knows.
+std::recursive_mutex& mutex();
+
+// Lives while an operator launches its kernels; one at a time: the check build looks at one launch, and a
+// recorder pairs what was before a launch with what is after it.
+class LaunchScope {
+ public:
+  explicit LaunchScope(const gpu::LaunchContext& context);
+  ~LaunchScope();
+  LaunchScope(const LaunchScope&) = delete;
+  LaunchScope& operator=(const LaunchScope&) = delete;
+
+ private:
+  std::lock_guard<std::recursive_mutex> lock_;
+};
 
 }  // namespace palmette::emulator

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans on another device than the CPU, where they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ALIGNED = 32  # elements: tables begin at multiples of 128 bytes
+
+
+def resolve(device: torch.device | str | None) -> torch.device:
+    """The device, with the index that it has now; the CPU for None."""
+    place = torch.device("cpu" if device is None else device)
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return place
+
+
+class DeviceTables:
+    """int32 tables on a device: one block of memory there, filled by a copy that the host does not wait for.
+
+    The copy comes from pinned memory, which PyTorch keeps until it is done, and is ordered as the current
+    stream is.
+
+    Args:
+        device: where they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tables: tuple[Tensor, ...] = ()
+        self._block = torch.empty(0, dtype=torch.int32, device=device)
+
+    def has_shapes_of(self, tables: Sequence[Tensor]) -> bool:
+        """Will ``fill`` use the memory that is there?"""
+        return [table.shape for table in tables] == [table.shape for table in self.tables]
+
+    def fill(self, tables: Sequence[Tensor], used: Sequence[int] | None = None) -> None:
+        """Brings tables of the CPU there: into the same memory, unless one has another shape than before.
+
+        Args:
+            tables: contiguous, int32.
+            used: how many elements of each matter, from the first on. Default: all of them.
+        """
+        counts = [table.numel() for table in tables] if used is None else used
+        begins, end = [], 0
+        for table in tables:
+            begins.append(end)
+            end += -(-table.numel() // _ALIGNED) * _ALIGNED
+        if not self.has_shapes_of(tables):
+            self._block = torch.zeros(end, dtype=torch.int32, device=self.device)
+            self.tables = tuple(
+                self._block[begin : begin + table.numel()].view(table.shape)
+                for table, begin in zip(tables, begins, strict=True)
+            )
+        sent = max((begin + count for begin, count in zip(begins, counts, strict=True)), default=0)
+        staging = torch.empty(sent, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        for table, begin, count in zip(tables, begins, counts, strict=True):
+            staging[begin : begin + count] = table.view(-1)[:count]
+        self._block[:sent].copy_(staging, non_blocking=True)
