@@ -94,6 +94,36 @@ def test_head_dims_beyond_256():
         palmette.tree_attention(case.q, case.k, case.v, case.plan)
 
 
+@pytest.mark.parametrize(
+    ("limit", "dtype", "forward", "backward"),
+    [
+        (227, torch.bfloat16, 256, 256),
+        (227, torch.float32, 256, 256),
+        (163, torch.bfloat16, 256, 256),
+        (163, torch.float32, 256, 208),
+        (99, torch.bfloat16, 240, 176),
+        (99, torch.float32, 176, 112),
+    ],
+    ids=str,
+)
+def test_head_dims_that_fit(limit, dtype, forward, backward):
+    """The table in docs/gpu.md."""
+
+    def case(head_dim):
+        return make_case([-1, 0], [40, 3], q_heads=1, kv_heads=1, head_dim=head_dim, dtype=dtype)
+
+    message = f"head_dim must be such that a block fits the GPU's {limit * 1024} bytes of shared memory, got"
+    with testing.backend("emulated"), testing.emulator(shared_limit=limit << 10):
+        check(case(forward))
+        everything(case(backward))
+        if forward < 256:
+            with pytest.raises(ValueError, match=message):
+                check(case(forward + 16))
+        if backward < 256:
+            with pytest.raises((ValueError, RuntimeError), match=message):
+                everything(case(backward + 16))
+
+
 def test_float64_has_no_kernel():
     case = make_case([-1, 0], [4, 4], dtype=torch.float64)
     with (

@@ -128,7 +128,8 @@ def cascade_attention(
     Returns:
         out [Nq, Hq, Dv] in the dtype of q; with return_lse also lse [Nq, Hq], float32 (float64 for float64
         inputs), natural logarithm. A query that sees no key at any level has out 0 and lse -inf.
-        Differentiable through both. Bit-identical from run to run and for any number of threads.
+        Differentiable through both. Bit-identical from run to run and for any number of threads. On a GPU,
+        levels are planned on the host in every call, so a CUDA graph cannot capture it.
 
     Raises:
         ValueError: there are no levels; shapes, dtypes, heads or devices do not match; an indptr does not
