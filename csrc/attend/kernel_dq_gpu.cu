@@ -158,26 +158,21 @@ struct QueryGradient {
     const int64_t query = p.plan.query_index[seen.query];
     const int head = kv_head * a.group + (first + r) % a.group;
     float total[kValues] = {};
+    const auto meet = [&](const Key& key, bool sees) {
+      float ds = 0, slope;
+      if (sees) {
+        const float product = dot(a.q.row(query, head), a.k.row(key.slot, kv_head), p.head_dim);
+        const float weight = ptx::ex2(a.logits(product, slope) - row_lse);
+        const float dp = dot(a.dout.row(query, head), a.v.row(key.slot, kv_head), p.v_head_dim);
+        if (weight != 0) ds = weight * (dp - row_delta) * slope;
+      }
+      add_rows_of_lanes(total, ds, key.slot, a.k, kv_head, first_column, columns);
+    };
 #pragma unroll 1
     for (int32_t t = 0; t < p.plan.counts[kNumTasks]; ++t) {
       const PlanTask& task = p.plan.task[t];
-      if (task.kv_head >= 0 && task.kv_head != kv_head) continue;
-      for_each_visible_key(
-          p.plan, task.item_begin, task.item_end, seen, a.logits.window, [&](const Key& key) {
-            const E* k = a.k.row(key.slot, kv_head);
-            float slope;
-            const float logit = a.logits(group_dot(a.q.row(query, head), k, p.head_dim), slope);
-            const float weight = ptx::ex2(logit - row_lse);
-            if (weight == 0) return;
-            const float dp = group_dot(a.dout.row(query, head), a.v.row(key.slot, kv_head), p.v_head_dim);
-            const float ds = weight * (dp - row_delta) * slope;
-            if (ds == 0) return;
-#pragma unroll
-            for (int i = 0; i < kValues; ++i) {
-              const int x = lane() + kLanes * i;
-              if (x < columns) total[i] = fmaf(ds, widen(k[first_column + x]), total[i]);
-            }
-          });
+      if (task.kv_head < 0 || task.kv_head == kv_head)
+        for_each_key_by_lanes(p.plan, task.item_begin, task.item_end, seen, a.logits.window, meet);
     }
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {

@@ -76,17 +76,12 @@ __device__ __forceinline__ void careful_values(const Problem<E>& a, const PlanTa
   const E* q = a.q.row(a.p.plan.query_index[row.query], head);
 #pragma unroll
   for (float& sum : total) sum = 0;
-  for_each_visible_key(a.p.plan, task.item_begin, task.item_end, row, a.logits.window, [&](const Key& key) {
-    const float product = group_dot(q, a.k.row(key.slot, kv_head), a.p.head_dim);
-    const float weight = ptx::ex2(a.logits(product) - top);
-    if (weight == 0) return;
-    const E* v = a.v.row(key.slot, kv_head);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const int x = lane() + kLanes * i;
-      if (x < a.p.v_head_dim) total[i] = fmaf(weight, widen(v[x]), total[i]);
-    }
-  });
+  const auto meet = [&](const Key& key, bool sees) {
+    float weight = 0;
+    if (sees) weight = ptx::ex2(a.logits(dot(q, a.k.row(key.slot, kv_head), a.p.head_dim)) - top);
+    add_rows_of_lanes(total, weight, key.slot, a.v, kv_head, 0, a.p.v_head_dim);
+  };
+  for_each_key_by_lanes(a.p.plan, task.item_begin, task.item_end, row, a.logits.window, meet);
 }
 
 // Keys that a warp meets at a time, which the columns of O must leave registers for. Rows of four warps have

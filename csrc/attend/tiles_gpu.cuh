@@ -178,11 +178,12 @@ struct Logits {
   }
 };
 
-// f(key) for the keys of items [item_begin, item_end) that one query sees, one after the other: for what is
-// rare.
+// f(key, sees) for the keys of items [item_begin, item_end), 32 at a time, a lane each: for what is rare, and
+// the same query on all lanes.
 template <class F>
-__device__ __forceinline__ void for_each_visible_key(const PlanView& plan, int32_t item_begin,
-                                                     int32_t item_end, const QueryRow& row, int window, F f) {
+__device__ __forceinline__ void for_each_key_by_lanes(const PlanView& plan, int32_t item_begin,
+                                                      int32_t item_end, const QueryRow& row, int window,
+                                                      F f) {
 #pragma unroll 1
   for (int32_t i = item_begin; i < item_end; ++i) {
     const PlanItem item = plan.item[i];
@@ -191,21 +192,41 @@ __device__ __forceinline__ void for_each_visible_key(const PlanView& plan, int32
     for (int32_t at = item.segment_begin; at < item.segment_end; ++at) {
       const PlanSegment s = plan.segment[at];
 #pragma unroll 1
-      for (int32_t n = 0; n < s.length; ++n) {
-        const Key key = key_at(plan, s, n);
-        if (row.sees(key, window)) f(key);
+      for (int32_t n = 0; n < s.length; n += kLanes) {
+        Key key = kNoKey;
+        if (n + lane() < s.length) key = key_at(plan, s, n + lane());
+        f(key, row.sees(key, window));
       }
     }
   }
 }
 
-// By the lanes of a group together, the same on each.
 template <class E>
-__device__ __forceinline__ float group_dot(const E* a, const E* b, int width) {
+__device__ __forceinline__ float dot(const E* a, const E* b, int width) {
   float sum = 0;
 #pragma unroll 1
-  for (int x = lane(); x < width; x += kLanes) sum = fmaf(widen(a[x]), widen(b[x]), sum);
-  return group_sum(sum);
+  for (int x = 0; x < width; ++x) sum = fmaf(widen(a[x]), widen(b[x]), sum);
+  return sum;
+}
+
+// total[i] += weight * rows[slot][first_column + lane() + 32 i], below `columns`, for the weight and slot of
+// every lane in turn, but for weights of exactly 0.
+template <class E, int kValues>
+__device__ __forceinline__ void add_rows_of_lanes(float (&total)[kValues], float weight, int32_t slot,
+                                                  const Source<E>& rows, int head, int first_column,
+                                                  int columns) {
+#pragma unroll 1
+  for (int from = 0; from < kLanes; ++from) {
+    const float w = shuffle(weight, from);
+    const int32_t at = shuffle(slot, from);
+    if (w == 0) continue;
+    const E* row = rows.row(at, head) + first_column;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const int x = lane() + kLanes * i;
+      if (x < columns) total[i] = fmaf(w, widen(row[x]), total[i]);
+    }
+  }
 }
 
 constexpr float kLargest = 3.4028235e38f;
