@@ -20,16 +20,16 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor query, Tensor segment, Tensor item, "
       "Tensor task, Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor? sinks, float scale, "
-      "float softcap, int window) -> (Tensor out, Tensor lse)");
+      "float softcap, int window, Tensor? item_query=None) -> (Tensor out, Tensor lse)");
   m.def(
       "attend_out(Tensor q, Tensor k, Tensor v, Tensor slots, Tensor query, Tensor segment, Tensor item, "
       "Tensor task, Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor? sinks, float scale, "
-      "float softcap, int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "float softcap, int window, Tensor(a!) out, Tensor(b!) lse, Tensor? item_query=None) -> ()");
   m.def(
       "attend_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor slots, Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, "
-      "Tensor merge_row, Tensor counts, Tensor? sinks, float scale, float softcap, int window) "
-      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+      "Tensor merge_row, Tensor counts, Tensor? sinks, float scale, float softcap, int window, "
+      "Tensor? item_query=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
 
   // plan: trees of tokens (int32 tables, laid out in plan/tree.h), and which of their keys meet which queries
   m.def(
@@ -56,9 +56,20 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   m.def(
       "plan_varlen(Tensor q_indptr, Tensor kv_indptr, bool causal, SymInt num_queries, "
       "SymInt num_keys, int num_q_heads, int num_kv_heads, int head_dim, str target, SymInt item_capacity, "
-      "SymInt partial_capacity) -> (Tensor "
-      "slots, Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, Tensor merge_row, "
-      "Tensor counts)");
+      "SymInt partial_capacity, Tensor? token_indptr=None, int key_size=1, int key_stride=1, "
+      "int window=0, Tensor? key_start=None) -> (Tensor slots, Tensor query, Tensor segment, Tensor item, "
+      "Tensor task, Tensor merge_ptr, Tensor merge_row, Tensor counts)");
+  m.def(
+      "plan_selection(Tensor block_index, Tensor q_indptr, Tensor kv_indptr, SymInt num_keys, int block_size, "
+      "SymInt tile_queries, SymInt segment_capacity, SymInt item_capacity, SymInt task_capacity, "
+      "Tensor? key_start=None) -> (Tensor slots, Tensor query, Tensor segment, Tensor item, Tensor task, "
+      "Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor item_query)");
+
+  // sparse: which key blocks a query attends to
+  m.def(
+      "select_blocks(Tensor q, Tensor k_cmp, Tensor lse, Tensor q_indptr, Tensor cmp_indptr, "
+      "Tensor token_indptr, int kernel_size, int kernel_stride, int block_size, int topk, int init_blocks, "
+      "int local_blocks, float scale, Tensor? key_start=None) -> Tensor block_index");
 
   // verify: token trees against the target's logits or probabilities, and what follows in the KV cache
   m.def("verify_extent(Tensor nodes, Tensor tree_counts) -> Tensor");

@@ -73,9 +73,10 @@ struct BlockOf {
 // lse in units of log2; a row that has seen no key has P = 0.
 __device__ __forceinline__ float log2_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
 
+// Of row `row` of `at`, in lse and delta.
 template <class E>
-__device__ __forceinline__ int64_t state_index(const BackwardProblem<E>& a, int row, int kv_head) {
-  const int64_t query = a.p.plan.query_index[row / a.group];
+__device__ __forceinline__ int64_t state_index(const BackwardProblem<E>& a, const RowOf& at, int row, int kv_head) {
+  const int64_t query = a.p.plan.query_index[at.query(row)];
   return query * a.p.num_q_heads + kv_head * a.group + row % a.group;
 }
 

@@ -42,6 +42,10 @@ PlanView view_tables(const PlanTensors& t, const Tensor& q) {
   p.query_depth = p.query_pos + t.query.size(1);
   p.segment = reinterpret_cast<const PlanSegment*>(t.segment.const_data_ptr<int32_t>());
   p.item = reinterpret_cast<const PlanItem*>(t.item.const_data_ptr<int32_t>());
+  if (t.item_query.has_value()) {
+    check_table(*t.item_query, "item_query", q, "[capacity]", 0);
+    p.item_query = t.item_query->const_data_ptr<int32_t>();
+  }
   p.task = reinterpret_cast<const PlanTask*>(t.task.const_data_ptr<int32_t>());
   p.merge_ptr = t.merge_ptr.const_data_ptr<int32_t>();
   p.merge_row = t.merge_row.const_data_ptr<int32_t>();
@@ -71,6 +75,8 @@ void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t n
   within(items, t.item.size(0), "item");
   within(tasks, t.task.size(0), "task");
   within(partials, t.merge_row.numel(), "merge_row");
+  const int64_t listed = p.item_query != nullptr ? p.counts[kNumItemQueries] : 0;
+  if (p.item_query != nullptr) within(listed, t.item_query->numel(), "item_query");
 
   p.num_queries = static_cast<int32_t>(queries);
   p.num_tasks = static_cast<int32_t>(tasks);
@@ -108,7 +114,16 @@ void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t n
     p.max_task_queries = std::max(p.max_task_queries, count);
     for (int32_t k = task.item_begin; k < task.item_end; ++k) {
       range(p.item[k].segment_begin, p.item[k].segment_end, 0, segments, "item");
-      range(p.item[k].query_begin, p.item[k].query_end, task.query_begin, task.query_end, "item");
+      if (p.item_query == nullptr) {
+        range(p.item[k].query_begin, p.item[k].query_end, task.query_begin, task.query_end, "item");
+        continue;
+      }
+      range(p.item[k].query_begin, p.item[k].query_end, 0, listed, "item");
+      const int32_t *first = p.item_query + p.item[k].query_begin, *last = p.item_query + p.item[k].query_end;
+      bool ascending = true;
+      for (const int32_t* j = first; j + 1 < last; ++j) ascending &= j[0] < j[1];
+      require(ascending, "item_query", "ascending in every item", "item ", k);
+      if (first < last) range(first[0], int64_t{last[-1]} + 1, task.query_begin, task.query_end, "item_query");
     }
   }
   if (partials > 0) {
@@ -191,6 +206,7 @@ void name_inputs(GpuLaunch& gpu, const Inputs& in) {
   gpu.reads(in.plan.merge_ptr, "merge_ptr");
   gpu.reads(in.plan.merge_row, "merge_row");
   gpu.reads(in.plan.counts, "counts");
+  if (in.plan.item_query.has_value()) gpu.reads(*in.plan.item_query, "item_query");
   if (in.sinks.has_value()) gpu.reads(*in.sinks, "sinks");
 }
 

@@ -16,6 +16,7 @@ namespace palmette {
 // The plan arguments of every attend operator, in schema order.
 struct PlanTensors {
   const Tensor &slots, &query, &segment, &item, &task, &merge_ptr, &merge_row, &counts;
+  const std::optional<Tensor>& item_query;
 };
 
 struct Inputs {

@@ -8,8 +8,8 @@
 // own), so all three gradients accumulate in place, in the plan's order: no atomics, five products instead of
 // the seven of a separate pass per output, and the same bits for any number of threads.
 //
-// Data flow of a task: Q, dO --pack--> lanes (for S, dP) and rows (for dK, dV); then per key tile and group
-// of kGroupRows rows
+// Data flow of a task, or, where items name their queries one by one, of an item: Q, dO --pack--> lanes (for
+// S, dP) and rows (for dK, dV); then per key tile and group of kGroupRows rows
 //
 //   S, dP [keys][rows] (rows in lanes) -> P, dS -> dQ += K^T dS (rows in lanes)
 //                                               -> dV += P dO, dK += dS Q (head_dim in lanes)
@@ -42,7 +42,8 @@ struct Backward {
   const int64_t d_pad, dv_pad;
   T *q_lanes, *do_lanes, *dq_lanes;        // [blocks][d_pad][W]
   T *q_rows, *do_rows;                     // [rows][d_pad]
-  T *lse, *delta;                          // [rows], log2 units / D_i
+  T *task_lse, *task_delta;                // [rows of the task], log2 units / D_i
+  T *lse, *delta;                          // [rows]: of those that are packed
   Int *pos, *depth;                        // [rows]: of the query, or of no query for this item
   T *k_tile, *v_tile, *dk_tile, *dv_tile;  // [kTileKeys][...]
   T *prob, *dscore;                        // [kTileKeys][kGroupRows]
@@ -67,6 +68,8 @@ struct Backward {
     take(dq_lanes, rows_capacity * d_pad);
     take(q_rows, rows_capacity * d_pad);
     take(do_rows, rows_capacity * dv_pad);
+    take(task_lse, rows_capacity);
+    take(task_delta, rows_capacity);
     take(lse, rows_capacity);
     take(delta, rows_capacity);
     take(pos, rows_capacity);
@@ -92,53 +95,81 @@ struct Backward {
     for (; x < padded; x += N) S::store(dst + x, S::zero());
   }
 
-  // Q and dO of the task in both layouts, lse, D, and the gradient of the sinks.
+  // lse and D of a task's rows, and the gradient of the sinks.
   template <class E>
-  void pack_task(const PlanTask& task, int kv_head, int rows) {
-    auto at = [&](const Strided& x, int r) {
+  void find_deltas(const PlanTask& task, int kv_head) {
+    const int rows = (task.query_end - task.query_begin) * group;
+    for (int r = 0; r < rows; ++r) {
       const int64_t j = p.plan.query_index[task.query_begin + r / group];
-      return static_cast<const E*>(x.data) + j * x.token + (kv_head * group + r % group) * x.head;
-    };
-    const T factor = static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e);
-    std::memset(q_rows, 0, sizeof(T) * static_cast<size_t>(rows_capacity * d_pad));
-    std::memset(do_rows, 0, sizeof(T) * static_cast<size_t>(rows_capacity * dv_pad));
-    std::memset(dq_lanes, 0, sizeof(T) * static_cast<size_t>(rows_capacity * d_pad));
-    for (int r = 0; r < rows_capacity; ++r) {
-      lse[r] = T(INFINITY), delta[r] = 0;  // a row that is not there has P = 0
-      if (r >= rows) continue;
-      copy_row(q_rows + r * d_pad, at(p.q, r), p.head_dim, d_pad);
-      copy_row(do_rows + r * dv_pad, at(b.dout, r), p.v_head_dim, dv_pad);
-      const E* out = at(p.out, r);
-      const T* dout = do_rows + r * dv_pad;
+      const int head = kv_head * group + r % group;
+      const E* out = static_cast<const E*>(p.out.data) + j * p.out.token + head * p.out.head;
+      const E* dout = static_cast<const E*>(b.dout.data) + j * b.dout.token + head * b.dout.head;
       V sum = S::zero();
       int x = 0;
       for (; x + N <= p.v_head_dim; x += N) sum += S::load(out + x) * S::load(dout + x);
-      if (x < p.v_head_dim) sum += S::load_n(out + x, p.v_head_dim - x) * S::load(dout + x);
-      const int64_t j = p.plan.query_index[task.query_begin + r / group];
-      const int64_t stat = j * p.num_q_heads + kv_head * group + r % group;
+      if (x < p.v_head_dim) sum += S::load_n(out + x, p.v_head_dim - x) * S::load_n(dout + x, p.v_head_dim - x);
+      const int64_t stat = j * p.num_q_heads + head;
       const T l = static_cast<const T*>(p.lse)[stat];
-      lse[r] = l == -T(INFINITY) ? T(INFINITY) : l * T(kLog2e);  // saw no key: P = 0
-      delta[r] = S::sum(sum) - (b.dlse != nullptr ? static_cast<const T*>(b.dlse)[stat] : T(0));
+      task_lse[r] = l == -T(INFINITY) ? T(INFINITY) : l * T(kLog2e);  // saw no key: P = 0
+      task_delta[r] = S::sum(sum) - (b.dlse != nullptr ? static_cast<const T*>(b.dlse)[stat] : T(0));
       if (b.dsinks != nullptr) {
-        const T sink = static_cast<const T*>(p.sinks)[kv_head * group + r % group] * T(kLog2e);
-        static_cast<T*>(b.dsinks)[stat] = -S::exp2(S::splat(sink - lse[r]))[0] * delta[r];
+        const T sink = static_cast<const T*>(p.sinks)[head] * T(kLog2e);
+        static_cast<T*>(b.dsinks)[stat] = -S::exp2(S::splat(sink - task_lse[r]))[0] * task_delta[r];
       }
     }
-    for (int64_t r = 0; r < rows_capacity; r += W) {
+  }
+
+  // Rows that are worked on together: r is head r % group of query query(r / group).
+  struct Rows {
+    const PlanTask& task;
+    const int32_t* listed;  // null: all of the task's
+    int count, group;
+
+    int32_t query(int64_t r) const {
+      return listed == nullptr ? task.query_begin + static_cast<int32_t>(r / group) : listed[r / group];
+    }
+    int64_t row_of_task(int64_t r) const {
+      return (query(r) - task.query_begin) * int64_t{group} + r % group;
+    }
+  };
+
+  // Q and dO of rows in both layouts, and what is known of them.
+  template <class E>
+  void pack(const Rows& rows, int kv_head) {
+    auto at = [&](const Strided& x, int64_t r) {
+      return static_cast<const E*>(x.data) + p.plan.query_index[rows.query(r)] * x.token +
+             (kv_head * group + r % group) * x.head;
+    };
+    const T factor = static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e);
+    const int64_t filled = (rows.count + kGroupRows - 1) / kGroupRows * kGroupRows;
+    std::memset(dq_lanes, 0, sizeof(T) * static_cast<size_t>(filled * d_pad));
+    for (int64_t r = 0; r < filled; ++r) {
+      if (r >= rows.count) {  // a row that is not there has P = 0
+        lse[r] = T(INFINITY), delta[r] = 0;
+        std::memset(q_rows + r * d_pad, 0, sizeof(T) * static_cast<size_t>(d_pad));
+        std::memset(do_rows + r * dv_pad, 0, sizeof(T) * static_cast<size_t>(dv_pad));
+        continue;
+      }
+      copy_row(q_rows + r * d_pad, at(p.q, r), p.head_dim, d_pad);
+      copy_row(do_rows + r * dv_pad, at(b.dout, r), p.v_head_dim, dv_pad);
+      lse[r] = task_lse[rows.row_of_task(r)], delta[r] = task_delta[rows.row_of_task(r)];
+    }
+    for (int64_t r = 0; r < filled; r += W) {
       auto count = [&](int64_t left) { return static_cast<int>(left < 0 ? 0 : left < W ? left : W); };
-      pack_rows<B, T>(q_lanes + r * d_pad, count(rows - r), p.head_dim, factor,
+      pack_rows<B, T>(q_lanes + r * d_pad, count(rows.count - r), p.head_dim, factor,
                       [&](int i) { return q_rows + (r + i) * d_pad; });
-      pack_rows<B, T>(do_lanes + r * dv_pad, count(rows - r), p.v_head_dim, T(1),
+      pack_rows<B, T>(do_lanes + r * dv_pad, count(rows.count - r), p.v_head_dim, T(1),
                       [&](int i) { return do_rows + (r + i) * dv_pad; });
     }
   }
 
-  // Positions of the item's rows; rows of the task that the item does not name get one that no key can see.
-  void set_positions(const PlanTask& task, const PlanItem& item, int rows, int32_t& min_query_depth) {
+  // Positions of the item's rows; rows that the item does not name get one that no key can see.
+  void set_positions(const Rows& rows, const PlanItem& item, int32_t& min_query_depth) {
     min_query_depth = INT32_MAX;
-    for (int r = 0; r < rows_capacity; ++r) {
-      const int j = task.query_begin + r / group;
-      const bool named = r < rows && j >= item.query_begin && j < item.query_end;
+    for (int r = 0; r < (rows.count + kGroupRows - 1) / kGroupRows * kGroupRows; ++r) {
+      const int32_t j = r < rows.count ? rows.query(r) : -1;
+      const bool named =
+          j >= 0 && (rows.listed != nullptr || (j >= item.query_begin && j < item.query_end));
       pos[r] = named ? p.plan.query_pos[j] : INT32_MIN;
       depth[r] = named ? p.plan.query_depth[j] : 0;
       if (named && p.plan.query_depth[j] < min_query_depth) min_query_depth = p.plan.query_depth[j];
@@ -269,30 +300,39 @@ struct Backward {
     }
   }
 
+  template <class E>
   void run_task(const PlanTask& task, const AttendUnit& unit) {
-    const int rows = (task.query_end - task.query_begin) * group;
-    if (p.dtype == DType::bf16 && sizeof(T) == 4) {
-      pack_task<bf16>(task, unit.head_begin, rows);
-    } else if (p.dtype == DType::f16 && sizeof(T) == 4) {
-      pack_task<fp16>(task, unit.head_begin, rows);
-    } else {
-      pack_task<T>(task, unit.head_begin, rows);
+    find_deltas<E>(task, unit.head_begin);
+    if (p.plan.item_query == nullptr) {
+      run_rows<E>({task, nullptr, (task.query_end - task.query_begin) * group, group}, task.item_begin,
+                  task.item_end, unit);
+      return;
     }
+    for (int i = task.item_begin; i < task.item_end; ++i) {
+      const PlanItem& item = p.plan.item[i];
+      run_rows<E>({task, p.plan.item_query + item.query_begin, (item.query_end - item.query_begin) * group,
+                   group},
+                  i, i + 1, unit);
+    }
+  }
+
+  template <class E>
+  void run_rows(const Rows& rows, int item_begin, int item_end, const AttendUnit& unit) {
+    pack<E>(rows, unit.head_begin);
     const bool k_in_place = streams_in_place<S>(p.k, p.dtype, p.head_dim);
     const bool v_in_place = streams_in_place<S>(p.v, p.dtype, p.v_head_dim);
-    for (int i = task.item_begin; i < task.item_end; ++i) {
+    for (int i = item_begin; i < item_end; ++i) {
       int32_t min_query_depth;
-      set_positions(task, p.plan.item[i], rows, min_query_depth);
+      set_positions(rows, p.plan.item[i], min_query_depth);
       KeyCursor cursor(p.plan, p.plan.item[i], p.window, min_query_depth);
-      while (cursor.next(*tile, kTileKeys)) run_tile(unit, rows, k_in_place, v_in_place);
+      while (cursor.next(*tile, kTileKeys)) run_tile(unit, rows.count, k_in_place, v_in_place);
     }
-    // Other tasks of the same rows run on this worker too, before or after: add.
+    // Others of the same rows run on this worker too, before or after: add.
     T* dq = static_cast<T*>(b.dq);
-    for (int64_t first = 0; first < rows; first += W) {
-      const int count = static_cast<int>(rows - first < W ? rows - first : W);
+    for (int64_t first = 0; first < rows.count; first += W) {
+      const int count = static_cast<int>(rows.count - first < W ? rows.count - first : W);
       auto row = [&](int r) {
-        const int64_t at = first + r;
-        const int64_t j = p.plan.query_index[task.query_begin + at / group];
+        const int64_t at = first + r, j = p.plan.query_index[rows.query(at)];
         return dq + (j * p.num_q_heads + unit.head_begin * group + at % group) * p.head_dim;
       };
       unpack_rows<B>(
@@ -316,6 +356,7 @@ void run(const AttendBackwardParams& p) {
   run_workers(
       num_workers() < f.num_units ? num_workers() : f.num_units,
       [](void* c, int64_t) {
+        using T = typename S::Scalar;
         Context& ctx = *static_cast<Context*>(c);
         const AttendParams& f = ctx.p.forward;
         Backward<S> body(ctx.p);
@@ -328,7 +369,13 @@ void run(const AttendBackwardParams& p) {
             const PlanTask& task = f.plan.task[t];
             if (task.kv_head >= 0 && task.kv_head != unit.head_begin) continue;
             body.layout(scratch, (task.query_end - task.query_begin) * int64_t{body.group});
-            body.run_task(task, unit);
+            if (f.dtype == DType::bf16 && sizeof(T) == 4) {
+              body.template run_task<bf16>(task, unit);
+            } else if (f.dtype == DType::f16 && sizeof(T) == 4) {
+              body.template run_task<fp16>(task, unit);
+            } else {
+              body.template run_task<T>(task, unit);
+            }
           }
         }
       },

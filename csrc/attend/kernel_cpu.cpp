@@ -130,7 +130,7 @@ struct Forward {
   }
 
   // ---- item
-  // Row r of an item is query query_begin + r / group, head r % group of the KV head's group.
+  // Row r of an item is its query r / group, head r % group of the KV head's group.
   int make_blocks(const PlanItem& item, int32_t& min_query_depth) {
     const int rows = (item.query_end - item.query_begin) * group;
     int count = 0;
@@ -142,7 +142,7 @@ struct Forward {
       b = {shape_code<B>(), row, n, lane, q_at, o_at, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
       for (int i = 0; i < B::kWidth; ++i) {
         const int r = i / B::P < n ? i / B::P : 0;
-        const int32_t j = item.query_begin + (row + r) / group;
+        const int32_t j = query_of(p.plan, item, (row + r) / group);
         const int32_t pos = p.plan.query_pos[j], depth = p.plan.query_depth[j];
         pos_lanes[lane + i] = pos;
         depth_lanes[lane + i] = depth;
@@ -168,7 +168,7 @@ struct Forward {
       with_shape<S>(block.shape, [&](auto shape) {
         pack_rows<decltype(shape), E>(dst + block.q_at, block.count, p.head_dim, factor, [&](int r) {
           const int row = block.row + r;
-          const int32_t j = p.plan.query_index[item.query_begin + row / group];
+          const int32_t j = p.plan.query_index[query_of(p.plan, item, row / group)];
           return base + j * p.q.token + (kv_head * group + row % group) * p.q.head;
         });
       });
@@ -272,24 +272,26 @@ struct Forward {
       tile = next;
       next = done;
     }
-    const int first_row = (item.query_begin - task.query_begin) * group;
-    for (int h = 0; h < heads; ++h) merge_item(num_blocks, first_row, h, o_lanes + h * o_head);
+    for (int h = 0; h < heads; ++h) merge_item(task, item, num_blocks, h, o_lanes + h * o_head);
   }
 
   // (m, l, O) of the item's blocks into the row states.
-  void merge_item(int num_blocks, int first_row, int h, const T* o_head) {
+  void merge_item(const PlanTask& task, const PlanItem& item, int num_blocks, int h, const T* o_head) {
     for (int b = 0; b < num_blocks; ++b) {
       const Block& block = blocks[b];
       if (!touched[h * block_capacity + b]) continue;
       with_shape<S>(block.shape, [&](auto shape) {
         using B = decltype(shape);
         T old_weight[B::kRows], new_weight[B::kRows];
-        const int64_t base = h * rows_capacity + first_row + block.row;
+        int64_t state[B::kRows];
         for (int r = 0; r < block.count; ++r) {
           const T m_new = m_lanes[h * lane_capacity + block.lane + r * B::P];
           const T l_new = l_lanes[h * lane_capacity + block.lane + r * B::P];
-          T& m = m_rows[base + r];
-          T& l = l_rows[base + r];
+          const int row = block.row + r;
+          state[r] = h * rows_capacity +
+                     (query_of(p.plan, item, row / group) - task.query_begin) * int64_t{group} + row % group;
+          T& m = m_rows[state[r]];
+          T& l = l_rows[state[r]];
           const T top = m_new > m ? m_new : m;
           old_weight[r] = exp2_scalar(m - top);
           new_weight[r] = exp2_scalar(m_new - top);
@@ -299,11 +301,11 @@ struct Forward {
         unpack_rows<B>(
             o_head + block.o_at, block.count, p.v_head_dim,
             [&](int r, int x, typename S::V value) {
-              T* dst = o_rows + (base + r) * dv_pad + x;
+              T* dst = o_rows + state[r] * dv_pad + x;
               S::store(dst, S::load(dst) * old_weight[r] + value * new_weight[r]);
             },
             [&](int r, int x, typename S::V value, int) {
-              T* dst = o_rows + (base + r) * dv_pad + x;
+              T* dst = o_rows + state[r] * dv_pad + x;
               S::store(dst, S::load(dst) * old_weight[r] + value * new_weight[r]);
             });
       });

@@ -159,7 +159,7 @@ struct KeyGradient {
     }
     lo = group_min(lo);
     hi = group_max(hi);
-    const RowOf at{item.query_begin, a.group};
+    const RowOf at{item.query_begin, a.group, p.plan.item_query};
     const int rows = (item.query_end - item.query_begin) * a.group;
     for (int first = 0; first < rows; first += kRows) {
       const int count = min(kRows, rows - first);
@@ -185,9 +185,8 @@ struct KeyGradient {
     const auto r = static_cast<int>(threadIdx.x);
     RowState state{INT32_MIN, 0, INFINITY, 0};
     if (r < count) {
-      const int row = at.begin * a.group + first + r;
-      const int32_t query = row / a.group;
-      const int64_t index = state_index(a, row, kv_head);
+      const int32_t query = at.query(first + r);
+      const int64_t index = state_index(a, at, first + r, kv_head);
       state = {p.plan.query_pos[query], p.plan.query_depth[query], log2_lse(a.lse[index]), a.delta[index]};
     }
     shared.row[r] = state;

@@ -55,7 +55,7 @@ struct QueryGradient {
       delta[i] = 0;
       if (r >= count) continue;
       row[i] = query_row(p.plan, (first + r) / a.group);
-      const int64_t index = state_index(a, first + r, kv_head);
+      const int64_t index = state_index(a, RowOf{0, a.group}, first + r, kv_head);
       lse[i] = log2_lse(a.lse[index]);
       delta[i] = a.delta[index];
     }
@@ -150,7 +150,7 @@ struct QueryGradient {
       bad[i] = x < columns && !is_finite(widen(gradient_of(r)[x]));
       some_bad |= bad[i];
     }
-    const int64_t state = state_index(a, first + r, kv_head);
+    const int64_t state = state_index(a, RowOf{0, a.group}, first + r, kv_head);
     const float row_lse = log2_lse(a.lse[state]), row_delta = a.delta[state];
     if (row_lse != row_lse || !is_finite(row_delta) || !any(some_bad)) return;  // NaN it is
 
@@ -181,7 +181,7 @@ struct QueryGradient {
   }
 
   __device__ __forceinline__ E* gradient_of(int r) const {
-    return a.dq + state_index(a, first + r, kv_head) * p.head_dim + first_column;
+    return a.dq + state_index(a, RowOf{0, a.group}, first + r, kv_head) * p.head_dim + first_column;
   }
 };
 

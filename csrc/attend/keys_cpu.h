@@ -10,6 +10,11 @@ namespace palmette::PALMETTE_ISA_NS {
 
 constexpr int kMaxTileKeys = 48;
 
+// The i-th query of an item.
+PALMETTE_INLINE int32_t query_of(const PlanView& plan, const PlanItem& item, int32_t i) {
+  return plan.item_query == nullptr ? item.query_begin + i : plan.item_query[item.query_begin + i];
+}
+
 struct KeyTile {
   int count = 0;
   bool contiguous = false;  // slot[i] == slot[0] + i

@@ -23,9 +23,10 @@ __device__ __forceinline__ Key key_at(const PlanView& plan, const PlanSegment& s
 }
 
 // What is known of a whole tile: the queries of its item, and, if its keys are one run (`run`), the bounds of
-// its intervals.
+// its intervals. Where items name their queries one by one, bit i of `named` is query first_named + i.
 struct TileSpan {
-  int32_t query_begin, query_end, count;
+  int32_t query_begin, query_end, count, first_named;
+  uint64_t named;
   int32_t min_lo, max_lo, hi, min_depth, max_depth;
   bool run;
 };
@@ -35,7 +36,7 @@ struct QueryRow {
   int32_t query, pos, depth;  // query -1: there is no such row
 
   __device__ __forceinline__ bool meets(const TileSpan& t) const {
-    return query >= t.query_begin && query < t.query_end;
+    return query >= t.query_begin && query < t.query_end && (t.named >> (query - t.first_named) & 1) != 0;
   }
   __device__ __forceinline__ bool sees(const Key& key, int window) const {
     return pos >= key.lo && pos < key.hi && (window == 0 || depth - key.depth < window);
@@ -56,13 +57,26 @@ __device__ __forceinline__ QueryRow query_row(const PlanView& plan, int32_t quer
   return {query, plan.query_pos[query], plan.query_depth[query]};
 }
 
-// Row r of a task (or of any run of queries): query begin + r / group, and of its KV head's group the
+// Row r of a task (or of any run, or list, of queries): its query r / group, and of its KV head's group the
 // (r % group)-th.
 struct RowOf {
   int32_t begin;
   int group;
-  __device__ __forceinline__ int32_t query(int row) const { return begin + row / group; }
+  const int32_t* listed = nullptr;  // null: the queries from `begin` on; else listed[begin ..]
+  __device__ __forceinline__ int32_t query(int row) const {
+    const int32_t i = begin + row / group;
+    return listed == nullptr ? i : listed[i];
+  }
 };
+
+// Is the query one of the item's? For what is rare.
+__device__ __forceinline__ bool names(const PlanView& plan, const PlanItem& item, int32_t query) {
+  if (plan.item_query == nullptr) return query >= item.query_begin && query < item.query_end;
+  bool found = false;
+#pragma unroll 1
+  for (int32_t i = item.query_begin; i < item.query_end; ++i) found |= plan.item_query[i] == query;
+  return found;
+}
 
 // The tiles of the items [item_begin, item_end) that meet queries [query_begin, query_end). A tile holds keys
 // of one item, across its segments. With a window, keys too far up the path for every query are skipped
@@ -95,6 +109,8 @@ class KeyCursor {
     }
     span.query_begin = query_begin_;
     span.query_end = query_end_;
+    span.first_named = tile_begin_;
+    span.named = named_;
     key = kNoKey;
     if (s.length - offset_ >= kKeys || segment_ + 1 == segment_end_) {
       take_run(s, span, key);
@@ -108,8 +124,12 @@ class KeyCursor {
   __device__ __forceinline__ bool enter_item() {
     while (item_ < item_end_) {
       const PlanItem item = plan_.item[item_++];
-      query_begin_ = max(item.query_begin, tile_begin_);
-      query_end_ = min(item.query_end, tile_end_);
+      if (plan_.item_query == nullptr) {
+        query_begin_ = max(item.query_begin, tile_begin_);
+        query_end_ = min(item.query_end, tile_end_);
+      } else {
+        find_named(item);
+      }
       if (query_begin_ >= query_end_ || item.segment_begin >= item.segment_end) continue;
       segment_ = item.segment_begin;
       segment_end_ = item.segment_end;
@@ -123,6 +143,24 @@ class KeyCursor {
       return true;
     }
     return false;
+  }
+
+  // Which queries of the tile, at most 64, an item lists.
+  __device__ __forceinline__ void find_named(const PlanItem& item) {
+    uint32_t low = 0, high = 0;
+    for (int32_t i = item.query_begin + lane(); i < item.query_end; i += kLanes) {
+      const int32_t j = plan_.item_query[i], bit = j - tile_begin_;
+      if (j < tile_begin_ || j >= tile_end_) continue;
+      (bit < 32 ? low : high) |= 1u << (bit & 31);
+    }
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      low |= shuffle_xor(low, step);
+      high |= shuffle_xor(high, step);
+    }
+    named_ = uint64_t{high} << 32 | low;
+    query_begin_ = tile_begin_;
+    query_end_ = named_ == 0 ? tile_begin_ : tile_end_;
   }
 
   // Keys at the begin of a segment that no query's window reaches.
@@ -188,6 +226,7 @@ class KeyCursor {
   int window_;
   int32_t segment_ = 0, segment_end_ = 0, query_begin_ = 0, query_end_ = 0, first_depth_ = 0;
   int offset_ = 0;
+  uint64_t named_ = ~uint64_t{0};
 };
 
 }  // namespace palmette::gpu

@@ -63,8 +63,10 @@ std::tuple<Tensor, Tensor> attend_op(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& query, const Tensor& segment, const Tensor& item,
                                      const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row,
                                      const Tensor& counts, const std::optional<Tensor>& sinks, double scale,
-                                     double softcap, int64_t window) {
-  const Inputs in{q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks};
+                                     double softcap, int64_t window,
+                                     const std::optional<Tensor>& item_query) {
+  const Inputs in{
+      q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts, item_query}, sinks};
   AttendParams p = make_params(in, scale, softcap, window);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, state_type(p.dtype));
@@ -76,8 +78,9 @@ void attend_out_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                    const Tensor& query, const Tensor& segment, const Tensor& item, const Tensor& task,
                    const Tensor& merge_ptr, const Tensor& merge_row, const Tensor& counts,
                    const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window,
-                   const Tensor& out, const Tensor& lse) {
-  const Inputs in{q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks};
+                   const Tensor& out, const Tensor& lse, const std::optional<Tensor>& item_query) {
+  const Inputs in{
+      q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts, item_query}, sinks};
   AttendParams p = make_params(in, scale, softcap, window);
   check_device(out, "out", q, "q");
   check_device(lse, "lse", q, "q");
@@ -138,10 +141,11 @@ Gradients attend_backward_op(const Tensor& dout_, const std::optional<Tensor>& d
                              const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
                              const Tensor& merge_row, const Tensor& counts,
                              const std::optional<Tensor>& sinks, double scale, double softcap,
-                             int64_t window) {
+                             int64_t window, const std::optional<Tensor>& item_query) {
   AttendBackwardParams b{};
   AttendParams& p = b.forward;
-  const Inputs in{q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts}, sinks};
+  const Inputs in{
+      q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts, item_query}, sinks};
   p = make_params(in, scale, softcap, window);
   const ScalarType state = state_type(p.dtype);
   check_device(dout_, "dout", q, "q");

@@ -14,7 +14,9 @@ namespace palmette {
 struct PlanSegment {  // keys slots[begin .. begin + length); key i is seen from lo + i * step <= pos < hi
   int32_t begin, length, lo, step, hi, depth;
 };
-struct PlanItem {  // the keys of segments [segment_begin, segment_end) meet queries [query_begin, query_end)
+// The keys of segments [segment_begin, segment_end) meet queries [query_begin, query_end), or, in a plan with
+// item_query, queries item_query[query_begin .. query_end), which ascend.
+struct PlanItem {
   int32_t segment_begin, segment_end, query_begin, query_end;
 };
 struct PlanTask {  // items [item_begin, item_end) update the states of queries [query_begin, query_end)
@@ -32,6 +34,7 @@ enum PlanCount : int {
   kTreeVersion,  // of the tree when it was planned, wraps
   kMaxItemKeys,
   kNumSlots,  // one past the largest slot that the tree holds: the least that k and v must have
+  kNumItemQueries,
   kPlanCounts = 16
 };
 
@@ -45,6 +48,7 @@ struct PlanView {
   const int32_t* query_depth;  // [num_queries]
   const PlanSegment* segment;  // [num_segments]
   const PlanItem* item;        // [num_items]
+  const int32_t* item_query;   // [num_item_queries] or null
   const PlanTask* task;        // [num_tasks]
   const int32_t* merge_ptr;    // [num_queries + 1]
   const int32_t* merge_row;    // [num_partials]

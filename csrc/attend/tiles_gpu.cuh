@@ -187,7 +187,7 @@ __device__ __forceinline__ void for_each_key_by_lanes(const PlanView& plan, int3
 #pragma unroll 1
   for (int32_t i = item_begin; i < item_end; ++i) {
     const PlanItem item = plan.item[i];
-    if (row.query < item.query_begin || row.query >= item.query_end) continue;
+    if (!names(plan, item, row.query)) continue;
 #pragma unroll 1
     for (int32_t at = item.segment_begin; at < item.segment_end; ++at) {
       const PlanSegment s = plan.segment[at];

@@ -6,11 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <climits>
 #include <initializer_list>
 #include <optional>
 #include <vector>
 
 #include "core/checks.h"
+#include "plan/error.h"
 #include "plan/tree.h"
 
 namespace palmette {
@@ -60,6 +62,57 @@ inline TreeState tree_state(const Tensor& nodes, const Tensor& counts, const Ten
   int32_t* rows = check_table(nodes, "nodes", 2, kNodeRows);
   int32_t* count = check_table(counts, "counts", 1, kTreeCounts);
   return tree_state(rows, nodes.size(1), count, check_table(arena, "slots", 1), arena.size(0));
+}
+
+// Where packed sequences begin, [B + 1], from 0 to `total` (-1: to anywhere).
+inline IntArray check_indptr(const Tensor& t, const char* name, int64_t total, const char* of_what) {
+  const IntArray indptr = int_array(t, name);
+  check(indptr.size > 0, name, " must be [B + 1], got [0]");
+  check(total <= INT_MAX, name, " must be at most ", INT_MAX, " at its end, got ", total);
+  check(indptr[0] == 0, name, " must be 0 at its begin, got ", indptr[0]);
+  for (int64_t b = 0; b + 1 < indptr.size; ++b) {
+    check(indptr[b] <= indptr[b + 1], name, " must be non-decreasing, got ", indptr[b + 1], " after ",
+          indptr[b], " at ", b + 1);
+  }
+  check(total < 0 || indptr[indptr.size - 1] == total, name, " must be ", total, " (", of_what,
+        ") at its end, got ", indptr[indptr.size - 1]);
+  check(indptr[indptr.size - 1] <= INT_MAX, name, " must be at most ", INT_MAX, " at its end, got ",
+        indptr[indptr.size - 1]);
+  return indptr;
+}
+
+// What a table has to spare is zero, so that equal plans are equal tensors.
+inline void fill_table(const int32_t* from, int64_t size, const Tensor& to) {
+  int32_t* data = int32_data(to);
+  std::copy_n(from, size, data);
+  std::fill(data + size, data + to.numel(), 0);
+}
+
+template <class Row>
+void fill_table(const std::vector<Row>& from, const Tensor& to) {
+  fill_table(reinterpret_cast<const int32_t*>(from.data()),
+             static_cast<int64_t>(from.size() * sizeof(Row) / sizeof(int32_t)), to);
+}
+
+// First rows of sequences in k, [B]; each one's keys lie behind it. Not given: one sequence behind the other.
+struct KeyStarts {
+  IntArray given;
+  int32_t operator()(const IntArray& indptr, int64_t b) const {
+    return static_cast<int32_t>(given.given ? given[b] : indptr[b]);
+  }
+};
+inline KeyStarts key_starts(const std::optional<Tensor>& t, const char* name, const IntArray& indptr,
+                            int64_t num_rows) {
+  const KeyStarts starts{int_array(t, name)};
+  if (!starts.given.given) return starts;
+  check(starts.given.size == indptr.size - 1, name, " must be [", indptr.size - 1, "], got [",
+        starts.given.size, "]");
+  for (int64_t b = 0; b + 1 < indptr.size; ++b) {
+    const int64_t first = starts.given[b], length = indptr[b + 1] - indptr[b];
+    check(first >= 0 && first <= num_rows - length, name, " must leave sequence ", b, " its ", length,
+          " rows of ", num_rows, ", got ", first);
+  }
+  return starts;
 }
 
 // Without the arena: for operators that look at the structure only.

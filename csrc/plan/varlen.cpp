@@ -9,6 +9,11 @@
 //     causal:  lo = s + max(0, i - (m - n))  hi = s + n
 //
 // so the first m - n + 1 keys of a causal sequence are one segment of step 0, and the rest one of step 1.
+//
+// Keys may also stand for blocks of tokens (compressed keys): key i for the tokens from i * stride on, `size`
+// of them. A query sees it when it sees the last of them; of a sequence of N tokens
+//
+//     causal:  lo = s + max(0, i * stride + size - 1 - (N - n))
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -28,8 +33,11 @@ namespace palmette {
 namespace {
 
 struct VarlenRequest {
-  IntArray q_indptr, kv_indptr;
+  IntArray q_indptr, kv_indptr, token_indptr;
+  KeyStarts key_start;
   bool causal;
+  int32_t key_size, key_stride;  // tokens
+  int32_t window;                // keys that a causal query sees at most, 0: all; the kernel hides the others
   Heads heads;
   const Target& target;
 };
@@ -52,59 +60,67 @@ class VarlenPlanner {
   struct Sequence {
     int32_t query, num_queries, key, num_keys;
     bool causal;
+    int64_t offset, key_size, key_stride;  // offset: tokens before the first query
 
     // Keys that the query in row `row` sees.
     int32_t seen(int32_t row) const {
       if (!causal) return num_keys;
-      return static_cast<int32_t>(std::max<int64_t>(0, int64_t{num_keys} - num_queries + (row - query) + 1));
+      const int64_t last = offset + (row - query) - (key_size - 1);  // where the last one may begin
+      return last < 0 ? 0 : static_cast<int32_t>(std::min<int64_t>(num_keys, last / key_stride + 1));
     }
     // The first query that sees key `i`.
     int32_t first_query(int32_t i) const {
-      return causal ? std::max(query, query + num_queries - num_keys + i) : query;
+      if (!causal) return query;
+      return query + static_cast<int32_t>(std::max<int64_t>(0, i * key_stride + key_size - 1 - offset));
     }
   };
 
   void add_sequence(const VarlenRequest& r, int64_t b, const CostModel& model) {
     const Sequence s{static_cast<int32_t>(r.q_indptr[b]),
                      static_cast<int32_t>(r.q_indptr[b + 1] - r.q_indptr[b]),
-                     static_cast<int32_t>(r.kv_indptr[b]),
-                     static_cast<int32_t>(r.kv_indptr[b + 1] - r.kv_indptr[b]), r.causal};
+                     r.key_start(r.kv_indptr, b),
+                     static_cast<int32_t>(r.kv_indptr[b + 1] - r.kv_indptr[b]),
+                     r.causal,
+                     r.token_indptr[b + 1] - r.token_indptr[b] - (r.q_indptr[b + 1] - r.q_indptr[b]),
+                     r.key_size,
+                     r.key_stride};
     for (int32_t i = 0; i < s.num_queries; ++i) {
       draft_.index.push_back(s.query + i);
       draft_.pos.push_back(s.query + i);
-      draft_.depth.push_back(s.causal ? std::max(0, s.num_keys - s.num_queries + i) : 0);
+      draft_.depth.push_back(s.causal ? static_cast<int32_t>(std::max<int64_t>(0, s.offset + i)) : 0);
     }
     // Tiles of equal size: every tile of a full level reads all keys.
     const int64_t limit = max_task_queries(r.target, r.heads), tiles = (s.num_queries + limit - 1) / limit;
     for (int64_t t = 0; t < tiles; ++t) {
       const auto begin = static_cast<int32_t>(s.query + t * s.num_queries / tiles),
                  end = static_cast<int32_t>(s.query + (t + 1) * s.num_queries / tiles);
-      add_tile(s, begin, end, model);
+      add_tile(s, begin, end, r.window, model);
     }
   }
 
   // The keys that queries [begin, end) see: one item, or, where it is cheaper, one of the keys that all of
   // them see and others, of the kernel's tile each, that the earlier ones have dropped out of.
-  void add_tile(const Sequence& s, int32_t begin, int32_t end, const CostModel& model) {
+  void add_tile(const Sequence& s, int32_t begin, int32_t end, int32_t window, const CostModel& model) {
     const int32_t keys = s.seen(end - 1);
     begin = keys > 0 ? std::max(begin, s.first_query(0)) : end;
     if (begin >= end) return;
     const int32_t step = model.target().key_step;
-    const int32_t shared = (s.seen(begin) + step - 1) / step * step;
+    const int32_t first = window > 0 && s.causal ? std::max(0, s.seen(begin) - window) : 0;
+    const int32_t shared = first + (s.seen(begin) - first + step - 1) / step * step;
     if (shared < keys) {
-      double cost = model.item(end - begin, shared);
+      double cost = model.item(end - begin, shared - first);
       for (int32_t k = shared; k < keys; k += step) {
         cost += model.item(end - s.first_query(k), std::min(step, keys - k));
       }
-      if (cost < model.item(end - begin, keys)) {
-        add_item(s, 0, shared, begin, end, model);
+      if (cost < model.item(end - begin, keys - first)) {
+        add_item(s, first, shared, begin, end, model);
         for (int32_t k = shared; k < keys; k += step) {
           add_item(s, k, std::min(k + step, keys), s.first_query(k), end, model);
         }
         return;
       }
     }
-    add_item(s, 0, keys, begin, end, model);
+    add_item(s, first, keys, begin, end, model);
   }
 
   void add_item(const Sequence& s, int32_t key_begin, int32_t key_end, int32_t query_begin, int32_t query_end,
@@ -112,13 +128,14 @@ class VarlenPlanner {
     const size_t first = draft_.segment.size();
     const int32_t hi = s.query + s.num_queries;
     // Keys before `flat` are seen from the first query on.
-    const int32_t flat = s.causal ? std::max(0, s.num_keys - s.num_queries + 1) : s.num_keys;
+    const int32_t flat = s.seen(s.query);
     const int32_t cut = std::clamp(flat, key_begin, key_end);
     if (key_begin < cut) {
       draft_.add_keys(first, {s.key + key_begin, cut - key_begin, s.query, 0, hi, s.causal ? key_begin : 0});
     }
     if (cut < key_end) {
-      draft_.add_keys(first, {s.key + cut, key_end - cut, s.first_query(cut), 1, hi, cut});
+      draft_.add_keys(first, {s.key + cut, key_end - cut, s.first_query(cut),
+                              static_cast<int32_t>(s.key_stride), hi, cut});
     }
     draft_.close_item(first, query_begin, query_end, model);
   }
@@ -144,50 +161,37 @@ class VarlenPlanner {
   Plan plan_;
 };
 
-IntArray check_indptr(const Tensor& t, const char* name, int64_t total, const char* of_what) {
-  const IntArray indptr = int_array(t, name);
-  check(indptr.size > 0, name, " must be [B + 1], got [0]");
-  check(total <= INT_MAX, name, " must be at most ", INT_MAX, " at its end, got ", total);
-  check(indptr[0] == 0, name, " must be 0 at its begin, got ", indptr[0]);
-  for (int64_t b = 0; b + 1 < indptr.size; ++b) {
-    check(indptr[b] <= indptr[b + 1], name, " must be non-decreasing, got ", indptr[b + 1], " after ",
-          indptr[b], " at ", b + 1);
-  }
-  check(indptr[indptr.size - 1] == total, name, " must be ", total, " (", of_what, ") at its end, got ",
-        indptr[indptr.size - 1]);
-  return indptr;
-}
-
-// What a table has to spare is zero, so that equal plans are equal tensors.
-void fill_table(const int32_t* from, int64_t size, const Tensor& to) {
-  int32_t* data = int32_data(to);
-  std::copy_n(from, size, data);
-  std::fill(data + size, data + to.numel(), 0);
-}
-
-template <class Row>
-void fill_table(const std::vector<Row>& from, const Tensor& to) {
-  fill_table(reinterpret_cast<const int32_t*>(from.data()),
-             static_cast<int64_t>(from.size() * sizeof(Row) / sizeof(int32_t)), to);
-}
-
 using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The capacities come from the caller, so that the sizes of the tables follow from shapes alone.
 PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool causal, int64_t num_queries,
                         int64_t num_keys, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
-                        const std::string& target, int64_t item_capacity, int64_t partial_capacity) {
+                        const std::string& target, int64_t item_capacity, int64_t partial_capacity,
+                        const std::optional<Tensor>& token_indptr, int64_t key_size, int64_t key_stride,
+                        int64_t window, const std::optional<Tensor>& key_start) {
   check(num_kv_heads > 0, "num_kv_heads must be at least 1, got ", num_kv_heads);
   check(num_q_heads > 0 && num_q_heads % num_kv_heads == 0,
         "num_q_heads must be a multiple of num_kv_heads (", num_kv_heads, "), got ", num_q_heads);
   check(head_dim > 0, "head_dim must be at least 1, got ", head_dim);
+  check(key_size > 0 && key_size <= INT_MAX, "key_size must be at least 1, got ", key_size);
+  check(key_stride > 0 && key_stride <= INT_MAX, "key_stride must be at least 1, got ", key_stride);
+  check(window >= 0, "window must be at least 0 (0: none), got ", window);
+  const IntArray keys =
+      check_indptr(kv_indptr, "kv_indptr", key_start.has_value() ? -1 : num_keys, "rows of k");
   VarlenRequest request{check_indptr(q_indptr, "q_indptr", num_queries, "rows of q"),
-                        check_indptr(kv_indptr, "kv_indptr", num_keys, "rows of k"),
+                        keys,
+                        token_indptr.has_value() ? int_array(*token_indptr, "token_indptr") : keys,
+                        key_starts(key_start, "key_start", keys, num_keys),
                         causal,
+                        static_cast<int32_t>(key_size),
+                        static_cast<int32_t>(key_stride),
+                        static_cast<int32_t>(std::min<int64_t>(window, INT_MAX)),
                         {num_q_heads, num_kv_heads, head_dim},
                         target_of(target)};
   check(request.q_indptr.size == request.kv_indptr.size, "kv_indptr must be [", request.q_indptr.size,
         "] like q_indptr, got [", request.kv_indptr.size, "]");
+  check(request.q_indptr.size == request.token_indptr.size, "token_indptr must be [", request.q_indptr.size,
+        "] like q_indptr, got [", request.token_indptr.size, "]");
 
   thread_local VarlenPlanner planner;
   planner.run(request);

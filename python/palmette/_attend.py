@@ -58,8 +58,12 @@ def attend(
     window: int | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    item_query: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Checks the options that all attentions share, runs the operator: out [Nq, Hq, Dv], lse [Nq, Hq]."""
+    """Checks the options that all attentions share, runs the operator: out [Nq, Hq, Dv], lse [Nq, Hq].
+
+    item_query: the plan's, where its items name their queries one by one.
+    """
     if scale is None:
         scale = q.shape[2] ** -0.5
     check_number("scale", scale, -_MAX_SCALE, _MAX_SCALE)
@@ -75,7 +79,7 @@ def attend(
         sinks = sinks.contiguous()
     args = (q, k, v, *plan, sinks, float(scale), float(softcap), keys)
     if out is None:
-        result: tuple[Tensor, Tensor] = _library.call(_ops.attend.default, *args)
+        result: tuple[Tensor, Tensor] = _library.call(_ops.attend.default, *args, item_query)
         return result
     check_dtype("out", out, [q.dtype])
     check_shape("out", out, "[Nq, Hq, Dv]", [q.shape[0], q.shape[1], v.shape[2]])
@@ -90,7 +94,7 @@ def attend(
             "out must be None where gradients are wanted, got a tensor: call under torch.no_grad()"
         )
     lse = q.new_empty(q.shape[:2], dtype=state_dtype(q.dtype))
-    _library.call(_ops.attend_out.default, *args, out, lse)
+    _library.call(_ops.attend_out.default, *args, out, lse, item_query)
     return out, lse
 
 
@@ -128,20 +132,20 @@ def _attend_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *plan, sinks, ctx.scale, ctx.softcap, ctx.window = inputs
+    q, k, v, *plan, sinks, ctx.scale, ctx.softcap, ctx.window, item_query = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, *plan, sinks)
+    ctx.save_for_backward(q, k, v, *output, *plan, sinks, item_query)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, *plan, sinks = ctx.saved_tensors
+    q, k, v, out, lse, *plan, sinks, item_query = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 15
+        return (None,) * 16
     if dout is None:
         dout = torch.zeros_like(out)
-    options = (sinks, ctx.scale, ctx.softcap, ctx.window)
+    options = (sinks, ctx.scale, ctx.softcap, ctx.window, item_query)
     dq, dk, dv, dsinks = _ops.attend_backward(dout, dlse, q, k, v, out, lse, *plan, *options)
-    return (dq, dk, dv, *(None,) * 8, None if sinks is None else dsinks, None, None, None)
+    return (dq, dk, dv, *(None,) * 8, None if sinks is None else dsinks, None, None, None, None)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:

@@ -33,6 +33,11 @@ def plan_varlen(
     head_dim: int,
     device: torch.device | None = None,
     target: str | None = None,
+    token_indptr: Tensor | None = None,
+    key_size: int = 1,
+    key_stride: int = 1,
+    window: int = 0,
+    key_start: Tensor | None = None,
 ) -> PlanTensors:
     """The plan of B packed sequences.
 
@@ -45,6 +50,11 @@ def plan_varlen(
             the bottom right); otherwise every query sees all keys of its sequence.
         device: of the result. Default: the CPU.
         target: ``"cpu"`` or ``"gpu"``: whose costs the plan minimises. Default: what the device is.
+        token_indptr: [B + 1], tokens of the sequences, where keys are not tokens. Default: kv_indptr.
+        key_size, key_stride: key i stands for ``key_size`` tokens from ``i * key_stride`` on, and a causal
+            query sees it when it sees the last of them. Default: 1, a key is a token.
+        window: keys that a causal query sees at most, if the operator is told so too. Default (0): all.
+        key_start: [B], where the keys of sequences begin. Default: kv_indptr[:-1].
 
     Returns:
         slots, query, segment, item, task, merge_ptr, merge_row and counts, as operators take them; int32. Key
@@ -74,6 +84,11 @@ def plan_varlen(
         target,
         item_capacity,
         partial_capacity,
+        token_indptr,
+        key_size,
+        key_stride,
+        window,
+        key_start,
     )
     if on_cpu:
         return plan
@@ -96,6 +111,11 @@ def _plan_varlen_fake(
     target: str,
     item_capacity: int,
     partial_capacity: int,
+    token_indptr: Tensor | None = None,
+    key_size: int = 1,
+    key_stride: int = 1,
+    window: int = 0,
+    key_start: Tensor | None = None,
 ) -> PlanTensors:
     def table(*size: int) -> Tensor:
         return q_indptr.new_empty(size, dtype=torch.int32)

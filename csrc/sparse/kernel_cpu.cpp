@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// select_blocks on the CPU: the key blocks that a query's group of heads pays most attention to, as its
+// attention to compressed keys tells (NSA, arXiv 2502.11089, equations 9 to 12).
+//
+//   p_i = sum over the heads of a group of exp(scale q . k_i - lse)
+//   score_j = sum over the strides t of block j of sum_n p_{t - n}      n < strides of a compressed key
+//
+// Data flow of a unit (a tile of queries and a KV head):
+//
+//   q of each head --pack--> lanes (queries in lanes)
+//   compressed keys, 48 at a time: S [keys][queries] of a head -> p += exp2(S - lse), head after head
+//     p --each key's strides--> score [blocks][queries]
+//   score --per query: insertion into the best so far--> block_index
+//
+// Heads come one after the other into the same lanes, so the sum over a group is vertical. Scores live in the
+// scratch of a worker, a tile at a time.
+#include <cmath>
+
+#include "attend/block_cpu.h"
+#include "core/parallel.h"
+#include "core/workspace.h"
+#include "sparse/params.h"
+
+namespace palmette::PALMETTE_ISA_NS {
+
+namespace {
+
+template <class S>
+struct Select {
+  using T = typename S::Scalar;
+  using Int = typename S::Int;
+  using V = typename S::V;
+  using B = BlockShape<S, 2, 1>;
+  static constexpr int W = B::kWidth, kKeys = kMaxTileKeys, kLanes = kSelectQueries, kBlocks = kLanes / W;
+  static_assert(kLanes % W == 0);
+
+  const SelectParams& p;
+  const int group;
+  T *q_lanes, *lse, *prob, *weight, *k_tile, *score;  // [group][blocks][D][W], [group][lanes], [keys][lanes] ..
+  T* best;         // [topk]: of one query, falling
+  int32_t* chosen;  // [topk]: their blocks
+
+  explicit Select(const SelectParams& params) : p(params), group(params.num_q_heads / params.num_kv_heads) {}
+
+  char* layout(char* at) {
+    auto take = [&]<class E>(E*& pointer, int64_t n) {
+      pointer = reinterpret_cast<E*>(at);
+      at += (n * static_cast<int64_t>(sizeof(E)) + 63) / 64 * 64;
+    };
+    take(q_lanes, int64_t{group} * kLanes * p.head_dim);
+    take(lse, int64_t{group} * kLanes);
+    take(prob, kKeys * W);
+    take(weight, kKeys * kLanes);
+    take(k_tile, kKeys * packed_stride<S>(p.head_dim));
+    take(score, int64_t{p.max_blocks + 1} * kLanes);
+    take(best, p.topk);
+    take(chosen, p.topk);
+    return at;
+  }
+
+  // Tokens that a compressed key ends at, and blocks that a query can choose from.
+  int64_t last_token(int64_t key) const { return (key + p.key_strides) * p.stride - 1; }
+  int32_t own_block(const SelectTile& t, int i) const {
+    return (t.token + i) / (p.block_strides * p.stride);
+  }
+
+  template <class E>
+  void pack(const SelectTile& t, int kv_head) {
+    const E* base = static_cast<const E*>(p.q.data);
+    for (int g = 0; g < group; ++g) {
+      const int head = kv_head * group + g;
+      for (int b = 0; b < kBlocks; ++b) {
+        const int left = t.num_queries - b * W, count = left < 0 ? 0 : left < W ? left : W;
+        pack_rows<B, E>(q_lanes + (g * kBlocks + b) * int64_t{W} * p.head_dim, count, p.head_dim,
+                        static_cast<T>(p.scale * kLog2e), [&](int r) {
+                          return base + (t.query + b * W + r) * p.q.token + head * p.q.head;
+                        });
+      }
+      for (int i = 0; i < kLanes; ++i) {
+        const T l = i < t.num_queries
+                        ? static_cast<const T*>(p.lse)[int64_t{t.query + i} * p.num_q_heads + head]
+                        : -T(INFINITY);
+        lse[g * kLanes + i] = l == -T(INFINITY) ? T(INFINITY) : l * T(kLog2e);  // saw no key: p = 0
+      }
+    }
+  }
+
+  TileView<T> load_keys(const SelectTile& t, int kv_head, int64_t first, int n) {
+    if (streams_in_place<S>(p.k, p.dtype, p.head_dim)) {
+      return {static_cast<const T*>(p.k.data) + (t.key + first) * p.k.token + kv_head * p.k.head, p.k.token};
+    }
+    const char* rows[kKeys];
+    const int64_t size = element_size(p.dtype);
+    for (int i = 0; i < n; ++i) {
+      rows[i] = static_cast<const char*>(p.k.data) +
+                ((t.key + first + i) * p.k.token + kv_head * p.k.head) * size;
+    }
+    pack_rows_of_tile<S>(k_tile, rows, 0, n, p.dtype, p.head_dim);
+    return {k_tile, packed_stride<S>(p.head_dim)};
+  }
+
+  // weight [keys][lanes] = p of keys [first, first + n), 0 where a query does not see one.
+  void find_weights(const SelectTile& t, const TileView<T>& k, int64_t first, int n) {
+    std::memset(weight, 0, sizeof(T) * static_cast<size_t>(n * kLanes));
+    for (int b = 0; b * W < t.num_queries; ++b) {
+      for (int g = 0; g < group; ++g) {
+        scores<B>(k, n, q_lanes + (g * kBlocks + b) * int64_t{W} * p.head_dim, p.head_dim, prob, W);
+        for (int u = 0; u < 2; ++u) {
+          const int lane = b * W + u * S::kLanes;
+          const V l = S::load(lse + g * kLanes + lane);
+          for (int i = 0; i < n; ++i) {
+            T* to = weight + i * kLanes + lane;
+            S::store(to, S::load(to) + S::exp2(S::load(prob + i * W + u * S::kLanes) - l));
+          }
+        }
+      }
+    }
+    for (int i = 0; i < n; ++i) {
+      const int64_t hidden = last_token(first + i) - t.token;  // queries before this one do not see the key
+      for (int lane = 0; lane < hidden && lane < kLanes; ++lane) weight[i * kLanes + lane] = 0;
+    }
+  }
+
+  void add_scores(int64_t first, int n) {
+    for (int i = 0; i < n; ++i) {
+      for (int s = 0; s < p.key_strides; ++s) {
+        T* to = score + (first + i + s) / p.block_strides * kLanes;
+        for (int x = 0; x < kLanes; x += S::kLanes)
+          S::store(to + x, S::load(to + x) + S::load(weight + i * kLanes + x));
+      }
+    }
+  }
+
+  // The best of a query's blocks that are not taken in any case.
+  void choose(const SelectTile& t, int kv_head, int lane) {
+    const int32_t own = own_block(t, lane);
+    const int32_t init = p.init_blocks < own + 1 ? p.init_blocks : own + 1;  // blocks [0, init) are taken,
+    const int32_t local = own + 1 - p.local_blocks > init ? own + 1 - p.local_blocks : init;  // [local, own] too
+    const int32_t room = p.topk - init - (own + 1 - local);
+    int32_t count = 0;
+    for (int32_t j = init; j < local && room > 0; ++j) {
+      const T value = score[int64_t{j} * kLanes + lane];
+      // not "<=": a block whose score is NaN is never better
+      if (!(count < room ? value == value : value > best[count - 1])) continue;
+      int32_t at = count < room ? count++ : count - 1;
+      for (; at > 0 && value > best[at - 1]; --at) best[at] = best[at - 1], chosen[at] = chosen[at - 1];
+      best[at] = value, chosen[at] = j;
+    }
+    int32_t* out = p.block_index + (int64_t{kv_head} * p.num_queries + t.query + lane) * p.topk;
+    for (int32_t j = 0; j < init; ++j) *out++ = j;
+    for (int32_t i = 1; i < count; ++i) {  // into ascending order
+      const int32_t block = chosen[i];
+      int32_t at = i;
+      for (; at > 0 && chosen[at - 1] > block; --at) chosen[at] = chosen[at - 1];
+      chosen[at] = block;
+    }
+    for (int32_t i = 0; i < count; ++i) *out++ = chosen[i];
+    for (int32_t j = local; j <= own; ++j) *out++ = j;
+    for (int32_t i = init + count + (own + 1 - local); i < p.topk; ++i) *out++ = -1;
+  }
+
+  void run_unit(int32_t unit) {
+    const SelectTile& t = p.tiles[unit / p.num_kv_heads];
+    const int kv_head = unit % p.num_kv_heads;
+    const int32_t last = t.token + t.num_queries - 1;
+    std::memset(score, 0, sizeof(T) * static_cast<size_t>(own_block(t, t.num_queries - 1) + 1) * kLanes);
+    if (own_block(t, t.num_queries - 1) + 1 > p.topk) {  // else every block is chosen
+      if (p.dtype == DType::bf16 && sizeof(T) == 4) {
+        pack<bf16>(t, kv_head);
+      } else if (p.dtype == DType::f16 && sizeof(T) == 4) {
+        pack<fp16>(t, kv_head);
+      } else {
+        pack<T>(t, kv_head);
+      }
+      for (int64_t first = 0; first < t.num_keys && last_token(first) <= last; first += kKeys) {
+        const int n = t.num_keys - first < kKeys ? static_cast<int>(t.num_keys - first) : kKeys;
+        find_weights(t, load_keys(t, kv_head, first, n), first, n);
+        add_scores(first, n);
+      }
+    }
+    for (int lane = 0; lane < t.num_queries; ++lane) choose(t, kv_head, lane);
+  }
+};
+
+template <class S>
+void run(const SelectParams& p) {
+  struct Context {
+    const SelectParams& p;
+    int32_t next = 0;
+  } ctx{p};
+  const int32_t units = p.num_tiles * p.num_kv_heads;
+  run_workers(
+      num_workers() < units ? num_workers() : units,
+      [](void* c, int64_t) {
+        Context& ctx = *static_cast<Context*>(c);
+        Select<S> body(ctx.p);
+        body.layout(static_cast<char*>(thread_workspace(ctx.p.scratch_bytes)));
+        const int32_t units = ctx.p.num_tiles * ctx.p.num_kv_heads;
+        for (;;) {
+          // the last tiles of a sequence have most to look at
+          const int32_t i = __atomic_fetch_add(&ctx.next, 1, __ATOMIC_RELAXED);
+          if (i >= units) break;
+          body.run_unit(units - 1 - i);
+        }
+      },
+      &ctx);
+}
+
+template <class T>
+int64_t measure(const SelectParams& p) {
+  return reinterpret_cast<intptr_t>(Select<Native<T>>(p).layout(nullptr)) + 64;
+}
+
+}  // namespace
+
+}  // namespace palmette::PALMETTE_ISA_NS
+
+namespace palmette {
+
+template <>
+int64_t select_scratch_bytes<Isa::PALMETTE_ISA_NS>(const SelectParams& p) {
+  return p.dtype == DType::f64 ? PALMETTE_ISA_NS::measure<double>(p) : PALMETTE_ISA_NS::measure<float>(p);
+}
+
+template <>
+void select_blocks<Isa::PALMETTE_ISA_NS>(const SelectParams& p) {
+#if PALMETTE_LANES == 4
+  if (p.dtype == DType::f64) return PALMETTE_ISA_NS::run<PALMETTE_ISA_NS::Native<double>>(p);
+#endif
+  PALMETTE_ISA_NS::run<PALMETTE_ISA_NS::Native<float>>(p);
+}
+
+}  // namespace palmette

@@ -1,0 +1,522 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native sparse attention (NSA, arXiv 2502.11089) and its parts: compressed, selected and windowed attention.
+
+Sequences are packed one behind the other: ``cu_seqlens`` [B + 1], int32 or int64, says where each one's rows
+of q begin and where the last one ends. Where the queries are the last ones of longer sequences (decoding,
+prefill in chunks), ``cu_seqlens_k`` says the same of k. All functions also run on the GPU kernels' emulator.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from palmette import _library
+from palmette._attend import PlanTensors, attend, check_inputs, state_dtype
+from palmette._checks import FLOATING, INDEX, check_device, check_dim, check_dtype, check_shape
+from palmette._device import DeviceTables, resolve
+from palmette._varlen import plan_varlen
+
+_ops = torch.ops.palmette
+
+# Rows of q (queries and heads) that a block of keys should meet at once, and the queries of a tile.
+_ROWS_PER_BLOCK = 16
+_TILE_QUERIES = {"cpu": (64, 1024), "gpu": (1, 64)}
+
+
+def compress(
+    x: Tensor,
+    weight: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+) -> tuple[Tensor, Tensor]:
+    """Keys or values of overlapping blocks of tokens: ``y[i] = phi(x[i * stride : i * stride + size])``.
+
+    A sequence of N tokens gives ``(N - kernel_size) // kernel_stride + 1`` of them, none where
+    N < kernel_size.
+
+    Args:
+        x: [T, Hk, D], any floating dtype.
+        weight: phi: None for the mean; [Hk, kernel_size] for a weighted sum; [Hk, kernel_size * D, D'] for a
+            linear map, whose rows belong to the first token's channels first.
+        position: [Hk, kernel_size, D], is added to the tokens of every block; None for nothing.
+        cu_seqlens: [B + 1], from 0 to T.
+        kernel_size: tokens of a block.
+        kernel_stride: tokens from the begin of a block to that of the next.
+
+    Returns:
+        y [C, Hk, D] (D' for a linear map) in the dtype of x, and cu_seqlens_cmp [B + 1], int32, on the CPU:
+        where each sequence's blocks begin in y. Differentiable in x, weight and position, and deterministic.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other, or cu_seqlens is not as described.
+
+    Source: NSA (arXiv 2502.11089), section 3.3.1, equation 7.
+    """
+    check_dtype("x", x, FLOATING)
+    check_dim("x", x, "[T, Hk, D]")
+    _check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride)
+    heads, dim = x.shape[1:]
+    if position is not None:
+        check_shape("position", position, "[Hk, kernel_size, D]", [heads, kernel_size, dim])
+    if weight is not None:
+        check_dtype("weight", weight, [x.dtype])
+        if weight.dim() == 2:
+            check_shape("weight", weight, "[Hk, kernel_size]", [heads, kernel_size])
+        elif weight.dim() != 3 or weight.shape[:2] != (heads, kernel_size * dim):
+            raise ValueError(
+                f"weight must be [Hk, kernel_size] or [Hk, kernel_size * D, D'] = [{heads}, "
+                f"{kernel_size * dim}, D'], got {list(weight.shape)}"
+            )
+    starts = _starts("cu_seqlens", cu_seqlens, x.shape[0], "rows of x")
+    blocks = [
+        x[begin:end].unfold(0, kernel_size, kernel_stride)  # [C, Hk, D, size]
+        for begin, end in itertools.pairwise(starts)
+        if end - begin >= kernel_size
+    ]
+    counts = _compressed_lengths(starts, kernel_size, kernel_stride)
+    ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    windows = torch.cat(blocks) if blocks else x.new_zeros(0, heads, dim, kernel_size)
+    if position is not None:
+        windows = windows + position.transpose(1, 2)
+    if weight is None:
+        return windows.mean(-1), ends
+    if weight.dim() == 2:
+        return torch.einsum("chds,hs->chd", windows, weight), ends
+    rows = windows.permute(1, 0, 3, 2).reshape(heads, windows.shape[0], kernel_size * dim)
+    return torch.bmm(rows, weight).transpose(0, 1), ends
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_cmp: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    scale: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    cmp_starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention to compressed keys: the query at token t sees key i when it sees all its tokens.
+
+    That is, ``i * kernel_stride + kernel_size - 1 <= t``.
+
+    Args:
+        q: [Nq, Hq, D], float32, bfloat16 or float16.
+        k_cmp, v_cmp: [C, Hk, D] and [C, Hk, Dv] as ``compress`` makes them; Hq is a multiple of Hk.
+        cu_seqlens: [B + 1], from 0 to Nq.
+        cu_seqlens_cmp: [B + 1], from 0 to C, as ``compress`` returns it.
+        kernel_size, kernel_stride: of ``compress``.
+        scale: factor of the logits. Default: D ** -0.5.
+        cu_seqlens_k: [B + 1], tokens of the sequences; the queries are the last ones. Default: cu_seqlens.
+        cmp_starts: [B], where each sequence's rows begin in k_cmp and v_cmp, if not one behind the other;
+            only the lengths in cu_seqlens_cmp count then.
+
+    Returns:
+        out [Nq, Hq, Dv] and lse [Nq, Hq]; 0 and -inf for a query that sees no key. Differentiable through
+        both.
+
+    Raises:
+        ValueError: shapes, dtypes or heads do not fit each other, or sequences are not as described.
+
+    Source: NSA (arXiv 2502.11089), section 3.3.1.
+    """
+    check_inputs(q, k_cmp, v_cmp)
+    _check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride)
+    queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, None)
+    keys = _indptr("cu_seqlens_cmp", cu_seqlens_cmp, q)
+    _check_compressed(tokens, keys, kernel_size, kernel_stride)
+    plan = plan_varlen(
+        queries,
+        keys,
+        causal=True,
+        num_queries=q.shape[0],
+        num_keys=k_cmp.shape[0],
+        num_q_heads=q.shape[1],
+        num_kv_heads=k_cmp.shape[1],
+        head_dim=q.shape[2],
+        device=q.device,
+        token_indptr=tokens,
+        key_size=kernel_size,
+        key_stride=kernel_stride,
+        key_start=_key_starts("cmp_starts", cmp_starts, q),
+    )
+    return attend(q, k_cmp, v_cmp, plan, scale=scale)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_cmp: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    scale: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    cmp_starts: Tensor | None = None,
+) -> Tensor:
+    """The blocks of keys that each query's group of heads attends to most, judged by compressed attention.
+
+    A block's score is the compressed attention that its tokens get: compressed key i counts for the block as
+    often as its windows, cut into strides, overlap it, and the heads of a group are added up. Scores are
+    never stored; of equal ones the lower block wins.
+
+    Args:
+        q: [Nq, Hq, D].
+        k_cmp: [C, Hk, D], as for ``compressed_attention``.
+        lse: [Nq, Hq], what ``compressed_attention`` returned.
+        cu_seqlens, cu_seqlens_cmp, kernel_size, kernel_stride, scale, cu_seqlens_k, cmp_starts: as there.
+        block_size: keys of a block; blocks are counted from the begin of each sequence. A multiple of
+            kernel_stride, as is kernel_size.
+        topk: blocks of a query, at most; at least init_blocks + local_blocks.
+        init_blocks: so many blocks at the begin of the sequence are always among them. Default: 1.
+        local_blocks: and so many up to the query's own. Default: 2.
+
+    Returns:
+        block_index, int32 [Hk, Nq, topk]: ascending, -1 on the right where a query sees fewer blocks. No
+        gradient.
+
+    Raises:
+        ValueError: sizes do not divide, topk is too small, or inputs do not fit each other.
+
+    Source: NSA (arXiv 2502.11089), section 3.3.2, equations 8 to 12.
+    """
+    check_dtype("q", q, FLOATING)
+    check_dim("q", q, "[Nq, Hq, D]")
+    check_dtype("k_cmp", k_cmp, [q.dtype])
+    check_dim("k_cmp", k_cmp, "[C, Hk, D]")
+    check_device("k_cmp", k_cmp, q.device)
+    if k_cmp.shape[2] != q.shape[2]:
+        raise ValueError(f"head_dim of k_cmp must be q's {q.shape[2]}, got {k_cmp.shape[2]}")
+    if k_cmp.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k_cmp.shape[1]:
+        raise ValueError(
+            f"heads of q must be a positive multiple of k_cmp's {k_cmp.shape[1]}, got {q.shape[1]}"
+        )
+    check_dtype("lse", lse, [state_dtype(q.dtype)])
+    check_shape("lse", lse, "[Nq, Hq]", q.shape[:2])
+    check_device("lse", lse, q.device)
+    _check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, topk=topk)
+    for name, size in (("kernel_size", kernel_size), ("block_size", block_size)):
+        if size % kernel_stride:
+            raise ValueError(f"{name} must be a multiple of kernel_stride {kernel_stride}, got {size}")
+    for name, count in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ValueError(f"{name} must be an integer of at least 0, got {count!r}")
+    if topk < init_blocks + local_blocks:
+        raise ValueError(
+            f"topk must be at least init_blocks + local_blocks = {init_blocks + local_blocks}, got {topk}"
+        )
+    queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, None)
+    keys = _indptr("cu_seqlens_cmp", cu_seqlens_cmp, q)
+    q, k_cmp = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k_cmp))
+    index: Tensor = _library.call(
+        _ops.select_blocks.default,
+        q,
+        k_cmp,
+        lse.detach().contiguous(),
+        queries,
+        keys,
+        tokens,
+        kernel_size,
+        kernel_stride,
+        block_size,
+        topk,
+        init_blocks,
+        local_blocks,
+        q.shape[2] ** -0.5 if scale is None else float(scale),
+        _key_starts("cmp_starts", cmp_starts, q),
+    )
+    return index
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    return_lse: bool = False,
+    cu_seqlens_k: Tensor | None = None,
+    k_starts: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention to the blocks of keys that each query has chosen, per KV head.
+
+    Args:
+        q: [Nq, Hq, D], float32, bfloat16 or float16.
+        k, v: [Nk, Hk, D] and [Nk, Hk, Dv]; Hq is a multiple of Hk, and the heads of a group read the same
+            blocks.
+        block_index: int32 [Hk, Nq, n], ascending in every row, -1 where there is none, as ``select_blocks``
+            returns it. Block j of a sequence is its keys from j * block_size on.
+        cu_seqlens: [B + 1], from 0 to Nq.
+        block_size: keys of a block.
+        scale: factor of the logits. Default: D ** -0.5.
+        return_lse: also return lse. Default: False.
+        cu_seqlens_k: [B + 1], from 0 to Nk; the queries are the last tokens of their sequences. Default:
+            cu_seqlens.
+        k_starts: [B], where each sequence's rows begin in k and v, if not one behind the other (a cache with
+            room to grow); only the lengths in cu_seqlens_k count then.
+
+    Returns:
+        out [Nq, Hq, Dv] in the dtype of q; with return_lse also lse [Nq, Hq]. 0 and -inf for a query without
+        blocks. Differentiable through both, in q, k and v. Bit-identical for any number of threads.
+
+    Raises:
+        ValueError: inputs do not fit each other, or block_index is not as described.
+
+    Source: NSA (arXiv 2502.11089), section 3.3.2; FSA (arXiv 2508.18224), section 3, for the order of the
+        loops, here within tiles of queries.
+    """
+    check_inputs(q, k, v)
+    _check_positive(block_size=block_size)
+    check_dtype("block_index", block_index, [torch.int32])
+    check_dim("block_index", block_index, "[Hk, Nq, n]")
+    if block_index.shape[:2] != (k.shape[1], q.shape[0]):
+        raise ValueError(
+            f"block_index must be [Hk, Nq, n] = [{k.shape[1]}, {q.shape[0]}, n], got "
+            f"{list(block_index.shape)}"
+        )
+    queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
+    starts = _key_starts("k_starts", k_starts, q)
+    *plan, item_query = _plan_selection(q, k, block_index, queries, tokens, starts, block_size)
+    out, lse = attend(q, k, v, _eight(plan), scale=scale, item_query=item_query)
+    return (out, lse) if return_lse else out
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    window: int,
+    scale: float | None = None,
+    return_lse: bool = False,
+    cu_seqlens_k: Tensor | None = None,
+    k_starts: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention to the last ``window`` keys, the query's own included.
+
+    Args:
+        q, k, v, cu_seqlens, scale, return_lse, cu_seqlens_k, k_starts: as for ``selected_attention``.
+        window: keys that a query sees at most. FlashAttention's ``window_size=(w, 0)`` is ``window=w + 1``.
+
+    Returns:
+        out, or (out, lse), as for ``selected_attention``.
+
+    Raises:
+        ValueError: inputs do not fit each other, or window is not positive.
+
+    Source: NSA (arXiv 2502.11089), section 3.3.3.
+    """
+    check_inputs(q, k, v)
+    _check_positive(window=window)
+    queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
+    plan = plan_varlen(
+        queries,
+        tokens,
+        causal=True,
+        num_queries=q.shape[0],
+        num_keys=k.shape[0],
+        num_q_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        device=q.device,
+        window=window,
+        key_start=_key_starts("k_starts", k_starts, q),
+    )
+    out, lse = attend(q, k, v, plan, scale=scale, window=window)
+    return (out, lse) if return_lse else out
+
+
+# ---- plans
+
+
+def _plan_selection(
+    q: Tensor,
+    k: Tensor,
+    block_index: Tensor,
+    queries: Tensor,
+    tokens: Tensor,
+    starts: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, ...]:
+    """The nine tables of a plan for chosen blocks, on the device of q."""
+    heads, num_queries, slots = block_index.shape
+    num_keys, sequences = k.shape[0], queries.shape[0] - 1
+    on_cpu = q.device.type == "cpu"
+    blocks = num_keys // block_size + 1
+    least, most = _TILE_QUERIES["cpu" if on_cpu else "gpu"]
+    group = q.shape[1] // heads
+    wanted = _ROWS_PER_BLOCK * blocks // max(1, slots * group) if on_cpu else 64 // group
+    tile = min(max(wanted, least), most)
+    tasks = (num_queries // tile + sequences) * heads
+    items = min(block_index.numel(), tasks * (num_keys // block_size + sequences))
+    plan: tuple[Tensor, ...] = _library.call(
+        _ops.plan_selection.default,
+        block_index.detach().cpu().contiguous(),
+        queries,
+        tokens,
+        num_keys,
+        block_size,
+        tile,
+        num_keys // block_size + sequences,
+        items,
+        tasks,
+        starts,
+    )
+    if on_cpu:
+        return plan
+    copies = DeviceTables(resolve(q.device))
+    copies.fill(plan)
+    return copies.tables
+
+
+def _eight(plan: list[Tensor]) -> PlanTensors:
+    slots, query, segment, item, task, merge_ptr, merge_row, counts = plan
+    return slots, query, segment, item, task, merge_ptr, merge_row, counts
+
+
+# ---- checks
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+
+
+def _indptr(name: str, indptr: Tensor, q: Tensor) -> Tensor:
+    """On the CPU, contiguous."""
+    check_dtype(name, indptr, INDEX)
+    if indptr.dim() != 1 or indptr.shape[0] == 0:
+        raise ValueError(f"{name} must be [B + 1], got {list(indptr.shape)}")
+    if indptr.device.type != "cpu":
+        check_device(name, indptr, q.device)
+    return indptr.detach().cpu().contiguous()
+
+
+def _key_starts(name: str, starts: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if starts is None else _indptr(name, starts, q)
+
+
+def _starts(name: str, indptr: Tensor, total: int, of_what: str) -> list[int]:
+    check_dtype(name, indptr, INDEX)
+    if indptr.dim() != 1 or indptr.shape[0] == 0:
+        raise ValueError(f"{name} must be [B + 1], got {list(indptr.shape)}")
+    starts: list[int] = indptr.tolist()
+    if starts[0] != 0 or starts[-1] != total:
+        raise ValueError(f"{name} must be from 0 to {total} ({of_what}), got {starts[0]} to {starts[-1]}")
+    if any(a > b for a, b in itertools.pairwise(starts)):
+        raise ValueError(f"{name} must be non-decreasing, got {starts}")
+    return starts
+
+
+def _sequences(
+    q: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, k: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where the queries and the tokens of sequences begin."""
+    queries = _indptr("cu_seqlens", cu_seqlens, q)
+    if cu_seqlens_k is None:
+        if k is not None and k.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"k must have q's {q.shape[0]} rows where cu_seqlens_k is not given, got {k.shape[0]}"
+            )
+        return queries, queries
+    tokens = _indptr("cu_seqlens_k", cu_seqlens_k, q)
+    check_shape("cu_seqlens_k", tokens, "[B + 1] like cu_seqlens", queries.shape)
+    if not torch.compiler.is_compiling():
+        short = (tokens.diff() < queries.diff()).nonzero()
+        if len(short):
+            b = int(short[0])
+            raise ValueError(
+                f"cu_seqlens_k must give a sequence at least its queries, got {int(tokens.diff()[b])} tokens "
+                f"for {int(queries.diff()[b])} queries of sequence {b}"
+            )
+    return queries, tokens
+
+
+def _compressed_lengths(starts: list[int], kernel_size: int, kernel_stride: int) -> list[int]:
+    return [
+        0 if end - begin < kernel_size else (end - begin - kernel_size) // kernel_stride + 1
+        for begin, end in itertools.pairwise(starts)
+    ]
+
+
+def _check_compressed(tokens: Tensor, keys: Tensor, kernel_size: int, kernel_stride: int) -> None:
+    if torch.compiler.is_compiling():
+        return
+    check_shape("cu_seqlens_cmp", keys, "[B + 1] like cu_seqlens", tokens.shape)
+    wanted = _compressed_lengths(tokens.tolist(), kernel_size, kernel_stride)
+    got = keys.diff().tolist()
+    if got != wanted:
+        b = next(i for i, (a, c) in enumerate(zip(got, wanted, strict=True)) if a != c)
+        raise ValueError(
+            f"cu_seqlens_cmp must give sequence {b} its {wanted[b]} compressed keys, got {got[b]}"
+        )
+
+
+# ---- fakes
+
+
+@torch.library.register_fake("palmette::select_blocks")
+def _select_blocks_fake(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    q_indptr: Tensor,
+    cmp_indptr: Tensor,
+    token_indptr: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    *options: object,
+) -> Tensor:
+    return q.new_empty((k_cmp.shape[1], q.shape[0], topk), dtype=torch.int32)
+
+
+@torch.library.register_fake("palmette::plan_selection")
+def _plan_selection_fake(
+    block_index: Tensor,
+    q_indptr: Tensor,
+    kv_indptr: Tensor,
+    num_keys: int,
+    block_size: int,
+    tile_queries: int,
+    segment_capacity: int,
+    item_capacity: int,
+    task_capacity: int,
+    key_start: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    def table(*size: int) -> Tensor:
+        return block_index.new_empty(size, dtype=torch.int32)
+
+    num_queries = block_index.shape[1]
+    return (
+        table(num_keys),
+        table(4, num_queries),
+        table(segment_capacity, 6),
+        table(item_capacity, 4),
+        table(task_capacity, 6),
+        table(num_queries + 1),
+        table(0),
+        table(16),
+        table(block_index.numel()),
+    )

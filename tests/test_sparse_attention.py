@@ -1,0 +1,691 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NSA's parts against their reference: shapes and lengths that break other implementations included."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from palmette import testing
+from palmette.reference import sparse_attention as reference
+from palmette.sparse_attention import (
+    compress,
+    compressed_attention,
+    select_blocks,
+    selected_attention,
+    sliding_window_attention,
+)
+from torch import Tensor
+
+# The smallest sizes that have every case; NSA's own are 32, 16, 64.
+SIZES = {"kernel_size": 8, "kernel_stride": 4}
+BLOCK = 16
+LENGTHS = [1, 2, 3, 6, 7, 8, 9, 11, 15, 16, 17, 63, 64, 65, 100]
+ATOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+class Case(NamedTuple):
+    """Sequences of `tokens` tokens, the last `queries` of which are asked for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    queries: list[int]
+    tokens: list[int]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return indptr(self.queries)
+
+    @property
+    def cu_seqlens_k(self) -> Tensor:
+        return indptr(self.tokens)
+
+    def sequences(self):
+        """q, k, v of each."""
+        for b in range(len(self.tokens)):
+            (q0, q1), (k0, k1) = (tuple(c[b : b + 2].tolist()) for c in (self.cu_seqlens, self.cu_seqlens_k))
+            yield slice(q0, q1), slice(k0, k1)
+
+    def to(self, dtype) -> Case:
+        return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+
+
+def indptr(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
+
+
+def make(
+    tokens: list[int],
+    queries: list[int] | None = None,
+    *,
+    q_heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    v_head_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
+) -> Case:
+    queries = tokens if queries is None else queries
+    q = factor * torch.randn(sum(queries), q_heads, head_dim)
+    k = torch.randn(sum(tokens), kv_heads, head_dim)
+    v = torch.randn(sum(tokens), kv_heads, v_head_dim or head_dim)
+    return Case(q, k, v, list(queries), list(tokens)).to(dtype)
+
+
+def random_blocks(case: Case, topk: int, block_size: int = BLOCK, seed: int = 0) -> Tensor:
+    """Blocks that a query sees, in any number from none to topk."""
+    draw = torch.Generator().manual_seed(seed)
+    index = torch.full((case.k.shape[1], case.q.shape[0], topk), -1, dtype=torch.int32)
+    for (rows, keys), _ in zip(case.sequences(), case.tokens, strict=True):
+        n, tokens = rows.stop - rows.start, keys.stop - keys.start
+        for h, i in itertools.product(range(case.k.shape[1]), range(n)):
+            own = (tokens - n + i) // block_size
+            count = int(torch.randint(0, min(topk, own + 1) + 1, (), generator=draw))
+            chosen = torch.randperm(own + 1, generator=draw)[:count].sort().values
+            index[h, rows.start + i, :count] = chosen.int()
+    return index
+
+
+def by_sequence(case: Case, function) -> tuple[Tensor, Tensor]:
+    """out and lse of function(rows, keys) of every sequence."""
+    results = [function(rows, keys) for rows, keys in case.sequences()]
+    return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results])
+
+
+def expected_selected(case: Case, index: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
+    return by_sequence(
+        case,
+        lambda rows, keys: reference.selected_attention(
+            case.q[rows], case.k[keys], case.v[keys], index[:, rows], block_size=block_size
+        ),
+    )
+
+
+def check_selected(case: Case, index: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
+    got = selected_attention(
+        case.q,
+        case.k,
+        case.v,
+        index,
+        case.cu_seqlens,
+        cu_seqlens_k=case.cu_seqlens_k,
+        block_size=block_size,
+        return_lse=True,
+    )
+    want = expected_selected(case.to(torch.float64), index, block_size)
+    base = expected_selected(case, index, block_size)
+    testing.assert_accurate(got[0], want[0], base[0], atol=ATOL[case.q.dtype], name="out")
+    testing.assert_accurate(got[1], want[1], base[1], atol=3e-6, name="lse")
+    return got
+
+
+# ---- selected attention
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_selected_attention_equals_the_reference(backend, tokens, dtype):
+    case = make([tokens], dtype=dtype)
+    check_selected(case, random_blocks(case, 4))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 16, 20])
+def test_groups_of_any_size(backend, group):
+    case = make([150], q_heads=2 * group, head_dim=24)
+    check_selected(case, random_blocks(case, 5))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "v_head_dim"), [(40, 40), (64, 64), (80, 48), (96, 96), (100, 100), (128, 128), (192, 128)]
+)
+def test_head_dims(backend, head_dim, v_head_dim):
+    case = make([70], head_dim=head_dim, v_head_dim=v_head_dim)
+    check_selected(case, random_blocks(case, 3))
+
+
+@pytest.mark.parametrize("queries", [[3, 0, 1, 40], [1, 1, 1, 1]])
+def test_sequences_that_go_on(backend, queries):
+    """Chunks of prefill and steps of decoding: queries are the last tokens of what is there."""
+    case = make([50, 7, 1, 90], queries)
+    check_selected(case, random_blocks(case, 4))
+
+
+def test_an_empty_sequence_within_a_batch(backend):
+    case = make([40, 0, 33])
+    check_selected(case, random_blocks(case, 4))
+
+
+def test_no_blocks_at_all(backend):
+    case = make([40])
+    index = torch.full((2, 40, 3), -1, dtype=torch.int32)
+    out, lse = check_selected(case, index)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+
+
+def test_all_queries_on_one_block(backend):
+    case = make([600], q_heads=2, kv_heads=1)
+    check_selected(case, torch.zeros(1, 600, 1, dtype=torch.int32))
+
+
+def test_selecting_every_block_is_dense_attention(backend):
+    case = make([100])
+    blocks = -(-100 // BLOCK)
+    index = torch.arange(blocks, dtype=torch.int32).expand(2, 100, blocks).contiguous()
+    seen = torch.arange(blocks)[None, :] <= torch.arange(100)[:, None] // BLOCK
+    for chosen in (index, torch.where(seen, index, -1)):  # blocks behind the query count for nothing
+        out, _ = check_selected(case, chosen.contiguous())
+        q, k, v = (x.transpose(0, 1)[None] for x in (case.q, case.k, case.v))
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(out, dense[0].transpose(0, 1))
+
+
+def test_packed_sequences_are_what_each_is_alone(backend):
+    case = make([70, 5, 130])
+    index = random_blocks(case, 4)
+    out, lse = check_selected(case, index)
+    for rows, keys in case.sequences():
+        alone = selected_attention(
+            case.q[rows],
+            case.k[keys],
+            case.v[keys],
+            index[:, rows].contiguous(),
+            indptr([rows.stop - rows.start]),
+            block_size=BLOCK,
+            return_lse=True,
+        )
+        assert torch.equal(alone[0], out[rows])
+        assert torch.equal(alone[1], lse[rows])
+
+
+@pytest.mark.parametrize("factor", [3.0, 30.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_queries(backend, factor, dtype):
+    """Every row has a maximum of its own; one for all of them overflows (public FSA code at 3)."""
+    case = make([130], dtype=dtype, factor=factor)
+    out, _ = check_selected(case, random_blocks(case, 4))
+    assert out.isfinite().all()
+
+
+def test_strides(backend):
+    base = make([90], head_dim=32)
+    index = random_blocks(base, 4)
+    want = check_selected(base, index)
+    q = torch.randn(90, 2, 4, 32)[:, 1].copy_(base.q)
+    k = torch.empty(2, 90, 48)[..., :32].transpose(0, 1).copy_(base.k)
+    v = torch.empty(90, 2, 32, 2)[..., 1].copy_(base.v)
+    got = check_selected(base._replace(q=q, k=k, v=v), index)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def gradients(case: Case, function, dout: Tensor, dlse: Tensor) -> list[Tensor]:
+    inputs = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    out, lse = function(case._replace(q=inputs[0], k=inputs[1], v=inputs[2]))
+    seen = lse.isfinite()
+    torch.autograd.backward([out, lse.masked_fill(~seen, 0.0)], [dout.to(out.dtype), dlse.to(lse.dtype)])
+    return [x.grad for x in inputs]
+
+
+def selected(index: Tensor):
+    def run(case: Case):
+        return selected_attention(
+            case.q,
+            case.k,
+            case.v,
+            index,
+            case.cu_seqlens,
+            cu_seqlens_k=case.cu_seqlens_k,
+            block_size=BLOCK,
+            return_lse=True,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "queries", "group"),
+    [([100], None, 2), ([70, 0, 5], None, 1), ([40, 90], [3, 90], 5), ([1, 2, 17], None, 16)],
+)
+def test_gradients_equal_the_reference(backend, tokens, queries, group, dtype):
+    case = make(tokens, queries, q_heads=2 * group, v_head_dim=24, dtype=dtype)
+    index = random_blocks(case, 4)
+    douts = torch.randn(*case.q.shape[:2], 24), torch.randn(case.q.shape[:2])
+    got = gradients(case, selected(index), *douts)
+    want = gradients(case.to(torch.float64), lambda c: expected_selected(c, index), *douts)
+    base = gradients(case, lambda c: expected_selected(c, index), *douts)
+    atol = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for name, a, b, c in zip(("dq", "dk", "dv"), got, want, base, strict=True):
+        testing.assert_accurate(a, b, c, factor=3.0, atol=atol, name=name)
+
+
+def test_rows_without_blocks_have_no_gradient(backend):
+    case = make([40])
+    index = random_blocks(case, 3)
+    index[:, 7] = -1
+    dq, dk, dv = gradients(case, selected(index), torch.ones_like(case.q), torch.zeros(case.q.shape[:2]))
+    assert (dq[7] == 0).all()
+    assert all(x.isfinite().all() for x in (dq, dk, dv))
+
+
+def test_gradcheck(scalar_backend):
+    case = make([37], q_heads=2, kv_heads=1, head_dim=5, dtype=torch.float64)
+    index = random_blocks(case, 2)
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+
+    def run(q, k, v):
+        out, lse = selected_attention(q, k, v, index, case.cu_seqlens, block_size=BLOCK, return_lse=True)
+        return out, lse.masked_fill(lse == -math.inf, 0.0)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bit_identical(backend, num_threads, threads):
+    case = make([700, 300], q_heads=8)
+    index = random_blocks(case, 6)
+    douts = torch.randn_like(case.q), torch.randn(case.q.shape[:2])
+    num_threads(1)
+    want = gradients(case, selected(index), *douts)
+    num_threads(threads)
+    for _ in range(2):
+        got = gradients(case, selected(index), *douts)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i[0, 5].copy_(torch.tensor([1, 0, -1])), r"^block_index must be ascending .* got 0 after 1"),
+        (lambda i: i[1, 5].copy_(torch.tensor([1, 1, -1])), r"got 1 after 1 for query 5 and KV head 1$"),
+        (lambda i: i[0, 5, 0].fill_(3), r"^block_index must be ascending within \[0, 3\) in every row .* got 3"),
+        (lambda i: i[0, 5, 0].fill_(-2), r"^block_index must be ascending .* got -2 after -1"),
+    ],
+)
+def test_bad_blocks(change, message):
+    case = make([40])
+    index = torch.tensor([0, 1, -1], dtype=torch.int32).repeat(2, 40, 1)
+    change(index)
+    with pytest.raises(ValueError, match=message):
+        selected_attention(case.q, case.k, case.v, index, case.cu_seqlens, block_size=BLOCK)
+
+
+# ---- compression
+
+
+@pytest.mark.parametrize("kind", ["mean", "weighted", "linear"])
+@pytest.mark.parametrize("tokens", [[n] for n in LENGTHS] + [[30, 0, 7, 8, 41]])
+def test_compress(kind, tokens):
+    x = torch.randn(sum(tokens), 2, 6, dtype=torch.float64)
+    position = torch.randn(2, 8, 6, dtype=torch.float64)
+    weight = {
+        "mean": None,
+        "weighted": torch.randn(2, 8, dtype=torch.float64),
+        "linear": torch.randn(2, 48, 5, dtype=torch.float64),
+    }[kind]
+    y, ends = compress(x, weight, position, indptr(tokens), **SIZES)
+    want = torch.cat([reference.compress(part, weight, position, **SIZES) for part in x.split(tokens)])
+    torch.testing.assert_close(y, want)
+    counts = [reference.num_compressed(n, 8, 4) for n in tokens]
+    assert torch.equal(ends, indptr(counts))
+    y, _ = compress(x, weight, None, indptr(tokens), **SIZES)
+    torch.testing.assert_close(
+        y, torch.cat([reference.compress(part, weight, None, **SIZES) for part in x.split(tokens)])
+    )
+
+
+def test_compress_has_deterministic_gradients():
+    """Public code adds up the gradients of overlapping blocks by atomics."""
+    x = torch.randn(203, 2, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 48, 5, dtype=torch.float64, requires_grad=True)
+    position = torch.randn(2, 8, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(x, weight, position):
+        return compress(x, weight, position, indptr([150, 53]), **SIZES)[0]
+
+    want = torch.autograd.grad(run(x, weight, position).cos().sum(), (x, weight, position))
+    for _ in range(10):
+        got = torch.autograd.grad(run(x, weight, position).cos().sum(), (x, weight, position))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    small = [t.detach()[: 2 if i else 30].requires_grad_() for i, t in enumerate((x, weight, position))]
+    assert torch.autograd.gradcheck(lambda x, w, p: compress(x, w, p, indptr([19, 11]), **SIZES)[0], small)
+
+
+# ---- compressed attention, selection
+
+
+def compressed(case: Case, kind: str = "mean"):
+    k_cmp, ends = compress(case.k, None, None, case.cu_seqlens_k, **SIZES)
+    v_cmp, _ = compress(case.v, None, None, case.cu_seqlens_k, **SIZES)
+    return k_cmp, v_cmp, ends
+
+
+def run_compressed(case: Case, k_cmp: Tensor, v_cmp: Tensor, ends: Tensor):
+    return compressed_attention(
+        case.q, k_cmp, v_cmp, case.cu_seqlens, ends, cu_seqlens_k=case.cu_seqlens_k, **SIZES
+    )
+
+
+def expected_compressed(case: Case, k_cmp: Tensor, v_cmp: Tensor, ends: Tensor):
+    numbers = iter(range(len(case.tokens)))
+
+    def run(rows, keys):
+        b = next(numbers)
+        part = slice(int(ends[b]), int(ends[b + 1]))
+        return reference.compressed_attention(
+            case.q[rows], k_cmp[part], v_cmp[part], keys.stop - keys.start, **SIZES
+        )
+
+    return by_sequence(case, run)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "queries"),
+    [*(([n], None) for n in LENGTHS), ([50, 0, 7, 90], [3, 0, 1, 90]), ([400, 333], [1, 200])],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compressed_attention(backend, tokens, queries, dtype):
+    case = make(tokens, queries, dtype=dtype)
+    parts = compressed(case)
+    got = run_compressed(case, *parts)
+    want = expected_compressed(case.to(torch.float64), parts[0].double(), parts[1].double(), parts[2])
+    base = expected_compressed(case, *parts)
+    testing.assert_accurate(got[0], want[0], base[0], atol=ATOL[dtype], name="out")
+    testing.assert_accurate(got[1], want[1], base[1], atol=3e-6, name="lse")
+
+
+def test_gradients_of_compressed_attention(backend):
+    case = make([130, 9, 40])
+    k_cmp, v_cmp, ends = compressed(case)
+
+    def leaves(dtype):
+        return [x.to(dtype).detach().requires_grad_() for x in (case.q, k_cmp, v_cmp)]
+
+    def grads(function, inputs):
+        out, _lse = function(case._replace(q=inputs[0]), inputs[1], inputs[2], ends)
+        return torch.autograd.grad((out * torch.cos(out.detach())).sum(), inputs)
+
+    got = grads(run_compressed, leaves(torch.float32))
+    want = grads(expected_compressed, leaves(torch.float64))
+    base = grads(expected_compressed, leaves(torch.float32))
+    for name, a, b, c in zip(("dq", "dk", "dv"), got, want, base, strict=True):
+        testing.assert_accurate(a, b, c, factor=3.0, atol=1e-5, name=name)
+
+
+OPTIONS = {"block_size": BLOCK, "topk": 4, "init_blocks": 1, "local_blocks": 2}
+
+
+def run_selection(case: Case, k_cmp: Tensor, lse: Tensor, ends: Tensor, **options) -> Tensor:
+    return select_blocks(
+        case.q,
+        k_cmp,
+        lse,
+        case.cu_seqlens,
+        ends,
+        cu_seqlens_k=case.cu_seqlens_k,
+        **SIZES,
+        **(OPTIONS | options),
+    )
+
+
+def check_selection(case: Case, **options) -> Tensor:
+    """The same blocks as the reference, but for scores that differ by rounding alone."""
+    options = OPTIONS | options
+    k_cmp, v_cmp, ends = compressed(case)
+    _, lse = run_compressed(case, k_cmp, v_cmp, ends)
+    got = run_selection(case, k_cmp, lse, ends, **options)
+    assert got.dtype == torch.int32
+    assert got.shape == (case.k.shape[1], case.q.shape[0], options["topk"])
+    for b, (rows, keys) in enumerate(case.sequences()):
+        tokens = keys.stop - keys.start
+        scores = reference.block_scores(
+            case.q[rows].double(),
+            k_cmp[int(ends[b]) : int(ends[b + 1])].double(),
+            tokens,
+            block_size=BLOCK,
+            **SIZES,
+        )
+        want = reference.select_blocks(scores, tokens, **options)
+        mine = got[:, rows]
+        assert torch.equal(mine < 0, want < 0)
+        if want.numel():
+            chosen = [scores.gather(2, x.clamp(min=0).long()).sort(2).values for x in (mine, want)]
+            torch.testing.assert_close(*(c.masked_fill(want < 0, 0.0) for c in chosen), rtol=1e-4, atol=1e-6)
+        valid = mine >= 0
+        ascends = (mine[..., 1:] > mine[..., :-1]) | ~valid[..., 1:]
+        assert ascends.all()
+        if case.q.dtype == torch.float64:
+            assert torch.equal(mine, want)
+    return got
+
+
+@pytest.mark.parametrize(
+    ("tokens", "queries"),
+    [*(([n], None) for n in LENGTHS), ([50, 0, 7, 190], [3, 0, 1, 190]), ([400, 333], [1, 200])],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_select_blocks(cpu_backend, tokens, queries, dtype):
+    check_selection(make(tokens, queries, dtype=dtype))
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 8, 20])
+def test_all_heads_of_a_group_decide(cpu_backend, group):
+    """Public FSA code looks at the first head of a group only."""
+    case = make([300], q_heads=2 * group)
+    got = check_selection(case)
+    if group > 1:
+        first = case._replace(q=case.q[:, ::group].contiguous())
+        assert not torch.equal(got, check_selection(first))
+
+
+def test_select_blocks_in_float64(scalar_backend):
+    check_selection(make([300, 77], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("topk", [1, 3, 7, 40])
+@pytest.mark.parametrize("forced", [(0, 0), (1, 0), (0, 1), (1, 2), (2, 1), (3, 3)])
+def test_forced_blocks(topk, forced):
+    init, local = forced
+    case = make([200])
+    if topk < init + local:
+        with pytest.raises(
+            ValueError, match=f"topk must be at least init_blocks . local_blocks = {init + local}"
+        ):
+            check_selection(case, topk=topk, init_blocks=init, local_blocks=local)
+        return
+    got = check_selection(case, topk=topk, init_blocks=init, local_blocks=local)
+    for i in range(200):
+        own = i // BLOCK
+        wanted = {j for j in range(own + 1) if j < init or j > own - local}
+        for h in range(2):
+            assert wanted <= set(got[h, i].tolist())
+
+
+def test_of_equal_scores_the_lower_block_wins(cpu_backend):
+    case = make([320])
+    case.k.zero_()  # every compressed key gets the same attention
+    got = check_selection(case, init_blocks=0, local_blocks=0, topk=3)
+    # the first and the last block are overlapped by fewer compressed keys
+    assert got[0, 319].tolist() == [1, 2, 3]
+    assert got[0, 160].tolist() == [1, 2, 3]
+
+
+def test_when_all_sizes_are_one_block_scores_are_probabilities():
+    """Compression and selection blocks alike: the score of a block is its compressed probability."""
+    case = make([300], q_heads=2)
+    sizes = {"kernel_size": 4, "kernel_stride": 4}
+    k_cmp, _ends = compress(case.k, None, None, case.cu_seqlens, **sizes)
+    scores = reference.block_scores(case.q, k_cmp, 300, block_size=4, **sizes)
+    seen = reference.sees_compressed(300, 300, 75, **sizes)
+    logits = torch.einsum("qhd,nhd->hqn", case.q, k_cmp) * 0.25
+    torch.testing.assert_close(
+        scores, torch.softmax(logits.masked_fill(~seen, -math.inf), -1).nan_to_num(0.0)
+    )
+
+
+def test_weights_of_compressed_keys():
+    """32, 16, 64: indices 4j - 1 .. 4j + 3 count 1, 2, 2, 2, 1 times (NSA, section 3.3.2)."""
+    q, k_cmp = torch.zeros(320, 1, 4), torch.zeros(19, 1, 4)
+    scores = reference.block_scores(q, k_cmp, 320, kernel_size=32, kernel_stride=16, block_size=64)
+    torch.testing.assert_close(scores[0, 319] * 19, torch.tensor([7.0, 8.0, 8.0, 8.0, 7.0]))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_selection_is_bit_identical(cpu_backend, num_threads, threads):
+    case = make([700, 300], q_heads=8)
+    k_cmp, v_cmp, ends = compressed(case)
+    _, lse = run_compressed(case, k_cmp, v_cmp, ends)
+    num_threads(1)
+    want = run_selection(case, k_cmp, lse, ends)
+    num_threads(threads)
+    assert torch.equal(run_selection(case, k_cmp, lse, ends), want)
+
+
+def test_selection_is_that_of_each_sequence_alone(cpu_backend):
+    case = make([200, 0, 90], [200, 0, 13])
+    k_cmp, v_cmp, ends = compressed(case)
+    _, lse = run_compressed(case, k_cmp, v_cmp, ends)
+    got = run_selection(case, k_cmp, lse, ends)
+    for b, (rows, keys) in enumerate(case.sequences()):
+        part = slice(int(ends[b]), int(ends[b + 1]))
+        alone = Case(case.q[rows], case.k[keys], case.v[keys], [case.queries[b]], [case.tokens[b]])
+        index = run_selection(alone, k_cmp[part], lse[rows], indptr([part.stop - part.start]))
+        assert torch.equal(index, got[:, rows])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_selection_of_what_is_not_finite(cpu_backend, value):
+    """NaN is nobody's best; forced blocks stay, and other queries choose as before."""
+    case = make([200])
+    k_cmp, v_cmp, ends = compressed(case)
+    _, lse = run_compressed(case, k_cmp, v_cmp, ends)
+    want = run_selection(case, k_cmp, lse, ends)
+    case.q[150, 0, 3] = value
+    got = run_selection(case, k_cmp, run_compressed(case, k_cmp, v_cmp, ends)[1], ends)
+    others = [i for i in range(200) if i != 150]
+    assert torch.equal(got[:, others], want[:, others])
+    assert {0, 150 // BLOCK, 150 // BLOCK - 1} <= set(got[0, 150].tolist())
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize("window", [1, 2, 17, 64, 1000])
+@pytest.mark.parametrize(("tokens", "queries"), [([150], None), ([50, 0, 7, 90], [3, 0, 1, 90]), ([1], None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sliding_window_attention(backend, window, tokens, queries, dtype):
+    case = make(tokens, queries, dtype=dtype)
+
+    def expected(case):
+        return by_sequence(
+            case,
+            lambda rows, keys: reference.sliding_window_attention(
+                case.q[rows], case.k[keys], case.v[keys], window=window
+            ),
+        )
+
+    got = sliding_window_attention(
+        case.q,
+        case.k,
+        case.v,
+        case.cu_seqlens,
+        cu_seqlens_k=case.cu_seqlens_k,
+        window=window,
+        return_lse=True,
+    )
+    want, base = expected(case.to(torch.float64)), expected(case)
+    testing.assert_accurate(got[0], want[0], base[0], atol=ATOL[dtype], name="out")
+    testing.assert_accurate(got[1], want[1], base[1], atol=3e-6, name="lse")
+
+
+# ---- errors
+
+
+CASE = make([40])
+INDEX = torch.tensor([0, 1, -1], dtype=torch.int32).repeat(2, 40, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda c: selected_attention(c.q, c.k, c.v, INDEX.long(), c.cu_seqlens, block_size=16),
+            "^block_index must be int32, got int64$",
+        ),
+        (
+            lambda c: selected_attention(c.q, c.k, c.v, INDEX[:1], c.cu_seqlens, block_size=16),
+            r"^block_index must be \[Hk, Nq, n\] = \[2, 40, n\], got \[1, 40, 3\]$",
+        ),
+        (
+            lambda c: selected_attention(c.q, c.k, c.v, INDEX, c.cu_seqlens, block_size=0),
+            "^block_size must be an integer of at least 1, got 0$",
+        ),
+        (
+            lambda c: selected_attention(c.q, c.k[:39], c.v[:39], INDEX, c.cu_seqlens, block_size=16),
+            "^k must have q's 40 rows where cu_seqlens_k is not given, got 39$",
+        ),
+        (
+            lambda c: selected_attention(
+                c.q, c.k[:39], c.v[:39], INDEX, c.cu_seqlens, block_size=16, cu_seqlens_k=indptr([39])
+            ),
+            "^cu_seqlens_k must give a sequence at least its queries, got 39 tokens for 40 queries of seq",
+        ),
+        (
+            lambda c: selected_attention(c.q, c.k, c.v, INDEX, indptr([39]), block_size=16),
+            r"^cu_seqlens must be 40 \(rows of q\) at its end, got 39$",
+        ),
+        (
+            lambda c: compress(c.k, torch.zeros(2, 7), None, c.cu_seqlens, **SIZES),
+            r"^weight must be \[Hk, kernel_size\] = \[2, 8\], got \[2, 7\]$",
+        ),
+        (
+            lambda c: compress(c.k, None, None, indptr([30]), **SIZES),
+            r"^cu_seqlens must be from 0 to 40 \(rows of x\), got 0 to 30$",
+        ),
+        (
+            lambda c: compressed_attention(c.q, c.k[:5], c.v[:5], c.cu_seqlens, indptr([5]), **SIZES),
+            "^cu_seqlens_cmp must give sequence 0 its 9 compressed keys, got 5$",
+        ),
+        (
+            lambda c: select_blocks(
+                c.q, c.k[:9], torch.zeros(40, 4), c.cu_seqlens, indptr([9]), **SIZES, block_size=18, topk=4
+            ),
+            "^block_size must be a multiple of kernel_stride 4, got 18$",
+        ),
+        (
+            lambda c: select_blocks(
+                c.q, c.k[:5], torch.zeros(40, 4), c.cu_seqlens, indptr([5]), **SIZES, block_size=16, topk=4
+            ),
+            "^cu_seqlens_cmp must be such that sequence 0 of 40 tokens has 9 compressed keys, got 5$",
+        ),
+        (
+            lambda c: sliding_window_attention(c.q, c.k, c.v, c.cu_seqlens, window=0),
+            "^window must be an integer of at least 1, got 0$",
+        ),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(CASE)
+
+
+# ---- invariants
+
+
+@hypothesis.given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4),
+    group=st.integers(1, 5),
+    topk=st.integers(1, 6),
+    block_size=st.sampled_from([4, 16, 24, 64]),
+    seed=st.integers(0, 1000),
+)
+def test_drawn_selections(lengths, group, topk, block_size, seed):
+    torch.manual_seed(seed)
+    case = make(lengths, q_heads=group, kv_heads=1, head_dim=8)
+    check_selected(case, random_blocks(case, topk, block_size, seed), block_size)
