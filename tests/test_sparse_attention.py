@@ -302,9 +302,15 @@ def test_bit_identical(backend, num_threads, threads):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i: i[0, 5].copy_(torch.tensor([1, 0, -1])), r"^block_index must be ascending .* got 0 after 1"),
+        (
+            lambda i: i[0, 5].copy_(torch.tensor([1, 0, -1])),
+            r"^block_index must be ascending .* got 0 after 1",
+        ),
         (lambda i: i[1, 5].copy_(torch.tensor([1, 1, -1])), r"got 1 after 1 for query 5 and KV head 1$"),
-        (lambda i: i[0, 5, 0].fill_(3), r"^block_index must be ascending within \[0, 3\) in every row .* got 3"),
+        (
+            lambda i: i[0, 5, 0].fill_(3),
+            r"^block_index must be ascending within \[0, 3\) in every row .* got 3",
+        ),
         (lambda i: i[0, 5, 0].fill_(-2), r"^block_index must be ascending .* got -2 after -1"),
     ],
 )

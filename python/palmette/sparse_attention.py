@@ -73,15 +73,7 @@ def compress(
                 f"weight must be [Hk, kernel_size] or [Hk, kernel_size * D, D'] = [{heads}, "
                 f"{kernel_size * dim}, D'], got {list(weight.shape)}"
             )
-    starts = _starts("cu_seqlens", cu_seqlens, x.shape[0], "rows of x")
-    blocks = [
-        x[begin:end].unfold(0, kernel_size, kernel_stride)  # [C, Hk, D, size]
-        for begin, end in itertools.pairwise(starts)
-        if end - begin >= kernel_size
-    ]
-    counts = _compressed_lengths(starts, kernel_size, kernel_stride)
-    ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    windows = torch.cat(blocks) if blocks else x.new_zeros(0, heads, dim, kernel_size)
+    windows, ends = _windows(x, cu_seqlens, kernel_size, kernel_stride)
     if position is not None:
         windows = windows + position.transpose(1, 2)
     if weight is None:
@@ -90,6 +82,40 @@ def compress(
         return torch.einsum("chds,hs->chd", windows, weight), ends
     rows = windows.permute(1, 0, 3, 2).reshape(heads, windows.shape[0], kernel_size * dim)
     return torch.bmm(rows, weight).transpose(0, 1), ends
+
+
+def blocks_of_tokens(
+    x: Tensor, cu_seqlens: Tensor, *, kernel_size: int, kernel_stride: int
+) -> tuple[Tensor, Tensor]:
+    """The overlapping blocks that ``compress`` maps, for maps of one's own.
+
+    Args:
+        x, cu_seqlens, kernel_size, kernel_stride: as for ``compress``.
+
+    Returns:
+        [C, Hk, kernel_size, D], a view or a copy of x, and cu_seqlens_cmp [B + 1].
+
+    Raises:
+        ValueError: as ``compress``.
+    """
+    check_dtype("x", x, FLOATING)
+    check_dim("x", x, "[T, Hk, D]")
+    _check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride)
+    windows, ends = _windows(x, cu_seqlens, kernel_size, kernel_stride)
+    return windows.transpose(2, 3), ends
+
+
+def _windows(x: Tensor, cu_seqlens: Tensor, kernel_size: int, kernel_stride: int) -> tuple[Tensor, Tensor]:
+    """[C, Hk, D, kernel_size], and where each sequence's begin."""
+    starts = _starts("cu_seqlens", cu_seqlens, x.shape[0], "rows of x")
+    blocks = [
+        x[begin:end].unfold(0, kernel_size, kernel_stride)
+        for begin, end in itertools.pairwise(starts)
+        if end - begin >= kernel_size
+    ]
+    counts = _compressed_lengths(starts, kernel_size, kernel_stride)
+    ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return torch.cat(blocks) if blocks else x.new_zeros(0, *x.shape[1:], kernel_size), ends
 
 
 def compressed_attention(

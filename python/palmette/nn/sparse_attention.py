@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native sparse attention (NSA, arXiv 2502.11089) as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from palmette.nn.rotary import RotaryEmbedding
+from palmette.nn.sparse_cache import SparseKVCache
+from palmette.sparse_attention import (
+    blocks_of_tokens,
+    compress,
+    compressed_attention,
+    select_blocks,
+    selected_attention,
+    sliding_window_attention,
+)
+
+Rope = Callable[[Tensor, Tensor], Tensor]
+
+COMPRESSIONS = ("mean", "weighted", "linear")
+GATES = ("head", "token")
+
+
+@dataclass(frozen=True)
+class SparseAttentionReport:
+    """What the last call of a ``NativeSparseAttention`` did.
+
+    Attributes:
+        queries: tokens that were asked for.
+        longest: tokens of the longest sequence.
+        selection: ``"blocks"``, or ``"dense"``: no sequence is longer than topk blocks, so queries select all
+            that they see, and the selected branch is plain causal attention.
+        keys_read: keys that the three branches read for the last query of the longest sequence.
+    """
+
+    queries: int
+    longest: int
+    selection: str
+    keys_read: int
+
+
+class NativeSparseAttention(nn.Module):
+    """Causal attention that reads compressed keys, the blocks that these point at, and a window.
+
+    ``out = proj_o(g_cmp * compressed + g_slc * selected + g_win * window)`` with ``g = sigmoid(gate(x))``.
+
+    Args:
+        hidden_size: width of x.
+        num_q_heads, num_kv_heads, head_dim: of q and k; num_q_heads is a multiple of num_kv_heads.
+        kernel_size, kernel_stride: tokens of a compressed key, and from one to the next.
+        block_size: keys of a block of the selection. kernel_stride divides kernel_size and block_size.
+        topk: blocks that a query reads at most, init_blocks + local_blocks of them always.
+        init_blocks, local_blocks: blocks at the begin of the sequence, and up to the query's own.
+        window_size: keys of the sliding window, the query's own included.
+        v_head_dim: of v. Default: head_dim.
+        gate: ``"head"``: three gates per query head, as in NSA; ``"token"``: three per token, as in FSA's
+            module. Default: ``"head"``.
+        separate_kv: K and V of their own for each branch, as in NSA; otherwise all branches share one pair,
+            as in FSA's module. Default: False.
+        compression: ``"mean"``, ``"weighted"`` or ``"linear"`` (a learnt map of a whole block, with an
+            embedding of the place within it added to K), or a pair of modules for K and V that map blocks
+            [C, Hk, kernel_size, D] to [C, Hk, D]. Default: ``"linear"``.
+        rope: ``rope(x [T, heads, D], positions [T]) -> x``, for q, k, and compressed k, which is rotated as
+            at the first token of its block; ``nn.Identity``-like functions are fine. Default:
+            ``RotaryEmbedding(head_dim)``.
+
+    Attributes:
+        report: what the last call did (``SparseAttentionReport``), None before the first.
+
+    The names and shapes of parameters are those of FSA's module: a state dict of FSA or of XunhaoLai's code
+    loads with ``gate="token"``.
+
+    Raises:
+        ValueError: sizes do not divide each other, or an option is unknown.
+
+    Source: NSA (arXiv 2502.11089), section 3; FSA (arXiv 2508.18224).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kernel_size: int = 32,
+        kernel_stride: int = 16,
+        block_size: int = 64,
+        topk: int = 16,
+        init_blocks: int = 1,
+        local_blocks: int = 2,
+        window_size: int = 512,
+        *,
+        v_head_dim: int | None = None,
+        gate: str = "head",
+        separate_kv: bool = False,
+        compression: str | tuple[nn.Module, nn.Module] = "linear",
+        rope: Rope | None = None,
+    ) -> None:
+        super().__init__()
+        v_dim = head_dim if v_head_dim is None else v_head_dim
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_q_heads": num_q_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": v_dim,
+            "kernel_size": kernel_size,
+            "kernel_stride": kernel_stride,
+            "block_size": block_size,
+            "topk": topk,
+            "window_size": window_size,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        if num_q_heads % num_kv_heads:
+            raise ValueError(
+                f"num_q_heads must be a multiple of num_kv_heads ({num_kv_heads}), got {num_q_heads}"
+            )
+        for name in ("kernel_size", "block_size"):
+            if sizes[name] % kernel_stride:
+                raise ValueError(
+                    f"{name} must be a multiple of kernel_stride {kernel_stride}, got {sizes[name]}"
+                )
+        if init_blocks < 0 or local_blocks < 0 or topk < init_blocks + local_blocks:
+            raise ValueError(
+                f"topk must be at least init_blocks + local_blocks = {init_blocks + local_blocks}, got {topk}"
+            )
+        if gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+        if isinstance(compression, str) and compression not in COMPRESSIONS:
+            raise ValueError(
+                f"compression must be one of {', '.join(COMPRESSIONS)} or a pair of modules, got "
+                f"{compression!r}"
+            )
+        self.hidden_size, self.num_q_heads, self.num_kv_heads = hidden_size, num_q_heads, num_kv_heads
+        self.head_dim, self.v_head_dim = head_dim, v_dim
+        self.kernel_size, self.kernel_stride, self.block_size = kernel_size, kernel_stride, block_size
+        self.topk, self.init_blocks, self.local_blocks = topk, init_blocks, local_blocks
+        self.window_size, self.gate_kind, self.separate_kv = window_size, gate, separate_kv
+        self.compression = compression if isinstance(compression, str) else "module"
+        self.report: SparseAttentionReport | None = None
+
+        branches = 3 if separate_kv else 1
+        self.proj_q = nn.Linear(hidden_size, num_q_heads * head_dim, bias=False)
+        self.proj_k = nn.Linear(hidden_size, branches * num_kv_heads * head_dim, bias=False)
+        self.proj_v = nn.Linear(hidden_size, branches * num_kv_heads * v_dim, bias=False)
+        self.proj_o = nn.Linear(num_q_heads * v_dim, hidden_size, bias=False)
+        gates = 3 * num_q_heads if gate == "head" else 3
+        self.gate = nn.Sequential(nn.Linear(hidden_size, gates, bias=False), nn.Sigmoid())
+        self.compress_key: nn.Parameter | nn.Module | None
+        self.compress_value: nn.Parameter | nn.Module | None
+        if not isinstance(compression, str):
+            self.compress_key, self.compress_value = compression
+        elif compression == "linear":
+            self.compress_key = nn.Parameter(torch.empty(num_kv_heads, kernel_size * head_dim, head_dim))
+            self.compress_value = nn.Parameter(torch.empty(num_kv_heads, kernel_size * v_dim, v_dim))
+        elif compression == "weighted":
+            self.compress_key = nn.Parameter(torch.empty(num_kv_heads, kernel_size))
+            self.compress_value = nn.Parameter(torch.empty(num_kv_heads, kernel_size))
+        else:
+            self.register_parameter("compress_key", None)
+            self.register_parameter("compress_value", None)
+        if self.compression == "linear":
+            self.intra_block_pe: nn.Parameter | None = nn.Parameter(
+                torch.empty(num_kv_heads, kernel_size, head_dim)
+            )
+        else:
+            self.register_parameter("intra_block_pe", None)
+        self.rope: Rope = RotaryEmbedding(head_dim) if rope is None else rope
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compression starts near the mean of a block; projections as ``nn.Linear`` does."""
+        for linear in (self.proj_q, self.proj_k, self.proj_v, self.proj_o, self.gate[0]):
+            linear.reset_parameters()  # type: ignore[operator]
+        for weight in (self.compress_key, self.compress_value):
+            if not isinstance(weight, nn.Parameter):
+                continue
+            with torch.no_grad():
+                if weight.dim() == 2:
+                    weight.fill_(1.0 / self.kernel_size)
+                else:
+                    width = weight.shape[2]
+                    mean = torch.eye(width, dtype=weight.dtype).repeat(self.kernel_size, 1) / self.kernel_size
+                    noise = 0.1 / (self.kernel_size * width) ** 0.5
+                    weight.copy_(mean + noise * torch.randn_like(weight))
+        if self.intra_block_pe is not None:
+            nn.init.normal_(self.intra_block_pe, std=0.02)
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, cache: SparseKVCache | None = None
+    ) -> Tensor:
+        """Attention of every token to those before it.
+
+        Args:
+            x: [T, hidden_size], packed sequences; or [B, N, hidden_size].
+            cu_seqlens: [B + 1], where packed sequences begin. Default: one sequence, or those of a batch.
+            cache: what came before, to go on from; is brought up to date. Not with gradients. Default: none.
+
+        Returns:
+            As x.
+
+        Raises:
+            ValueError: x or cu_seqlens have another shape, or the cache holds other sequences.
+        """
+        if x.dim() not in (2, 3) or x.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"x must be [T, {self.hidden_size}] or [B, N, {self.hidden_size}], got {list(x.shape)}"
+            )
+        if x.dim() == 3:
+            if cu_seqlens is not None:
+                raise ValueError("cu_seqlens must be None for x [B, N, hidden], got a tensor")
+            batch, length = x.shape[:2]
+            ends = torch.arange(batch + 1, dtype=torch.int32) * length
+            return self._forward(x.flatten(0, 1), ends, cache).view(batch, length, -1)
+        if cu_seqlens is None:
+            cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int32)
+        return self._forward(x, cu_seqlens.cpu(), cache)
+
+    def _forward(self, x: Tensor, ends: Tensor, cache: SparseKVCache | None) -> Tensor:
+        if cache is not None and torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("cache must be None where gradients are wanted, got a SparseKVCache")
+        counts: list[int] = ends.diff().tolist()
+        past, past_cmp = [0] * len(counts), [0] * len(counts)
+        if cache is not None:
+            cache.begin(len(counts))
+            past, past_cmp = cache.lengths.tolist(), cache.num_compressed.tolist()
+        positions = _positions(past, counts).to(x.device)
+        q = self.rope(self.proj_q(x).unflatten(-1, (self.num_q_heads, self.head_dim)), positions)
+        keys = self.proj_k(x).unflatten(-1, (-1, self.num_kv_heads, self.head_dim)).unbind(1)
+        values = self.proj_v(x).unflatten(-1, (-1, self.num_kv_heads, self.v_head_dim)).unbind(1)
+
+        def remember(name: str, rows: Tensor, before: list[int], new: list[int]) -> Tensor:
+            if cache is None:
+                return rows
+            return cache.append(name, rows, before, new)
+
+        def starts(name: str) -> Tensor | None:
+            return None if cache is None else cache.starts(name)
+
+        # compressed keys, which are turned as if they stood where their blocks begin
+        k_cmp, made = self._compress("key", keys[0], ends, counts, cache)
+        v_cmp, _ = self._compress("value", values[0], ends, counts, cache)
+        k_cmp = self.rope(k_cmp, self.kernel_stride * _positions(past_cmp, made).to(x.device))
+        k_cmp, v_cmp = remember("k_cmp", k_cmp, past_cmp, made), remember("v_cmp", v_cmp, past_cmp, made)
+        tokens, ends_cmp = _ends(past, counts), _ends(past_cmp, made)
+        sizes: dict[str, Any] = {
+            "kernel_size": self.kernel_size,
+            "kernel_stride": self.kernel_stride,
+            "cu_seqlens_k": tokens,
+            "cmp_starts": starts("k_cmp"),
+        }
+        compressed, lse = compressed_attention(q, k_cmp, v_cmp, ends, ends_cmp, **sizes)
+
+        # the two branches that read tokens
+        names = ("slc", "win") if self.separate_kv else ("tok",)
+        pairs: list[tuple[Tensor, Tensor, dict[str, Any]]] = [
+            (
+                remember(f"k_{name}", self.rope(k, positions), past, counts),
+                remember(f"v_{name}", v, past, counts),
+                {"cu_seqlens_k": tokens, "k_starts": starts(f"k_{name}")},
+            )
+            for name, k, v in zip(names, keys[-len(names) :], values[-len(names) :], strict=True)
+        ]
+        longest = max((a + n for a, n in zip(past, counts, strict=True)), default=0)
+        dense = longest <= self.topk * self.block_size
+        k, v, where = pairs[0]
+        if dense:
+            selected = sliding_window_attention(q, k, v, ends, window=max(1, longest), **where)
+        else:
+            index = select_blocks(
+                q,
+                k_cmp,
+                lse,
+                ends,
+                ends_cmp,
+                block_size=self.block_size,
+                topk=self.topk,
+                init_blocks=self.init_blocks,
+                local_blocks=self.local_blocks,
+                **sizes,
+            )
+            selected = selected_attention(q, k, v, index, ends, block_size=self.block_size, **where)
+        k, v, where = pairs[-1]
+        windowed = sliding_window_attention(q, k, v, ends, window=self.window_size, **where)
+
+        if cache is not None:
+            cache.advance(counts, made)
+        self.report = SparseAttentionReport(
+            queries=x.shape[0],
+            longest=longest,
+            selection="dense" if dense else "blocks",
+            keys_read=max((a + n for a, n in zip(past_cmp, made, strict=True)), default=0)
+            + min(longest, self.topk * self.block_size)
+            + min(longest, self.window_size),
+        )
+        gates = self.gate(x).unflatten(-1, (3, -1)).unsqueeze(-1)  # [T, 3, Hq or 1, 1]
+        mixed = gates[:, 0] * compressed + gates[:, 1] * selected + gates[:, 2] * windowed
+        return self.proj_o(mixed.flatten(1))  # type: ignore[no-any-return]
+
+    def _compress(
+        self, which: str, x: Tensor, ends: Tensor, counts: list[int], cache: SparseKVCache | None
+    ) -> tuple[Tensor, list[int]]:
+        """Compressed rows that the tokens complete, packed, and how many each sequence gets."""
+        weight = self.compress_key if which == "key" else self.compress_value
+        position = self.intra_block_pe if which == "key" else None
+
+        def run(raw: Tensor, raw_ends: Tensor) -> tuple[Tensor, Tensor]:
+            sizes = {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
+            if isinstance(weight, nn.Module):
+                windows, window_ends = blocks_of_tokens(raw, raw_ends, **sizes)
+                return weight(windows), window_ends
+            return compress(raw, weight, position, raw_ends, **sizes)
+
+        if cache is not None:
+            return cache.compress(which, x, counts, self.kernel_stride, run)
+        y, y_ends = run(x, ends)
+        return y, y_ends.diff().tolist()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.hidden_size}, {self.num_q_heads}, {self.num_kv_heads}, {self.head_dim}, "
+            f"kernel_size={self.kernel_size}, kernel_stride={self.kernel_stride}, "
+            f"block_size={self.block_size}, topk={self.topk}, window_size={self.window_size}, "
+            f"gate={self.gate_kind}, separate_kv={self.separate_kv}, compression={self.compression}"
+        )
+
+
+def _positions(past: list[int], counts: list[int]) -> Tensor:
+    """Of the rows of packed sequences, each of which goes on behind ``past`` others."""
+    parts = [torch.arange(a, a + n) for a, n in zip(past, counts, strict=True)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _ends(past: list[int], counts: list[int]) -> Tensor:
+    lengths = [0, *(a + n for a, n in zip(past, counts, strict=True))]
+    return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sparse attention layer remembers of the tokens before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Compress = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class SparseKVCache:
+    """K, V, compressed K and V, and the raw tokens of the window that is not full yet, of B sequences.
+
+    For one layer. Sequences may be of different lengths and grow by different amounts: prefill in chunks of
+    any size, or a step at a time. Memory grows geometrically.
+
+    Args:
+        max_length: tokens per sequence to make room for at once. Default: 0, as they come.
+
+    Attributes:
+        lengths: tokens of each sequence, int32 [B], on the CPU; empty before the first use.
+    """
+
+    def __init__(self, max_length: int = 0) -> None:
+        if max_length < 0:
+            raise ValueError(f"max_length must be at least 0, got {max_length}")
+        self.max_length = max_length
+        self.lengths = torch.zeros(0, dtype=torch.int32)
+        self.num_compressed = torch.zeros(0, dtype=torch.int32)
+        self._rows: dict[str, Tensor] = {}  # [B, capacity, Hk, width] by name
+        self._tails: dict[str, list[Tensor]] = {}  # raw tokens from the begin of the next window on
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are reserved."""
+        tails = sum(t.nbytes for parts in self._tails.values() for t in parts)
+        return sum(rows.nbytes for rows in self._rows.values()) + tails
+
+    def begin(self, num_sequences: int) -> None:
+        """Makes room for that many sequences, or says that there are others.
+
+        Raises:
+            ValueError: the cache holds another number of sequences.
+        """
+        if len(self) == 0:
+            self.lengths = torch.zeros(num_sequences, dtype=torch.int32)
+            self.num_compressed = torch.zeros(num_sequences, dtype=torch.int32)
+        elif len(self) != num_sequences:
+            raise ValueError(f"cache must be of {num_sequences} sequences, got one of {len(self)}")
+
+    def starts(self, name: str) -> Tensor:
+        """Where each sequence's rows begin in what ``append`` returned, int32 [B]."""
+        return torch.arange(len(self), dtype=torch.int32) * self._rows[name].shape[1]
+
+    def append(self, name: str, x: Tensor, before: list[int], counts: list[int]) -> Tensor:
+        """Puts the rows of packed sequences behind the ``before`` rows that each has; returns all rows.
+
+        Returns:
+            [B * capacity, Hk, width], the memory of the cache itself.
+        """
+        needed = max((a + n for a, n in zip(before, counts, strict=True)), default=0)
+        rows = self._rows.get(name)
+        if rows is None or rows.shape[1] < needed:
+            capacity = max(needed + needed // 2, 16)
+            if rows is None:
+                capacity = max(needed, self.max_length, 16)
+            grown = x.new_zeros(len(self), capacity, *x.shape[1:])
+            if rows is not None:
+                grown[:, : rows.shape[1]] = rows
+            rows = self._rows[name] = grown
+        if sum(counts) == 0:
+            return rows.flatten(0, 1)
+        each = torch.tensor(counts)
+        first = torch.arange(len(self)) * rows.shape[1] + torch.tensor(before)
+        within = torch.arange(int(each.sum())) - (each.cumsum(0) - each).repeat_interleave(each)
+        place = (first.repeat_interleave(each) + within).to(x.device)
+        return rows.flatten(0, 1).index_copy_(0, place, x.detach())
+
+    def advance(self, counts: list[int], compressed: list[int]) -> None:
+        """Says that so many tokens, and compressed rows, of each sequence have come."""
+        self.lengths = self.lengths + torch.tensor(counts, dtype=torch.int32)
+        self.num_compressed = self.num_compressed + torch.tensor(compressed, dtype=torch.int32)
+
+    def compress(
+        self, name: str, x: Tensor, counts: list[int], stride: int, function: Compress
+    ) -> tuple[Tensor, list[int]]:
+        """Compressed rows that the raw tokens ``x`` complete, packed, and how many of each sequence.
+
+        Args:
+            name: whose tail of raw tokens it is.
+            x: [sum(counts), Hk, width].
+            counts: tokens of each sequence.
+            stride: of the windows.
+            function: raw tokens and cu_seqlens -> compressed rows and where each sequence's begin.
+        """
+        old = self._tails.get(name) or [x[:0]] * len(counts)
+        raw = [torch.cat([a, b]) for a, b in zip(old, x.split(counts), strict=True)]
+        ends = torch.tensor([0, *(len(r) for r in raw)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        y, y_ends = function(torch.cat(raw), ends)
+        made: list[int] = y_ends.diff().tolist()
+        self._tails[name] = [r[n * stride :].detach().clone() for r, n in zip(raw, made, strict=True)]
+        return y, made
+
+    def reorder(self, index: Tensor) -> None:
+        """Sequence i becomes what sequence ``index[i]`` was, as beam search asks.
+
+        Args:
+            index: [B'], integers in [0, B).
+        """
+        self.lengths, self.num_compressed = self.lengths[index.cpu()], self.num_compressed[index.cpu()]
+        for name, rows in self._rows.items():
+            self._rows[name] = rows[index.to(rows.device)]
+        for name, parts in self._tails.items():
+            self._tails[name] = [parts[i].clone() for i in index.tolist()]
