@@ -109,7 +109,7 @@ def test_equals_the_equations(scalar_backend, tokens, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
-def test_every_backend(cpu_backend, options):
+def test_every_backend(backend, options):
     module = make(**options)
     x = torch.randn(150, 32)
     got = module(x)
@@ -166,7 +166,7 @@ def test_decoding_equals_prefill_at_every_step(scalar_backend, chunks, options):
 
 
 @torch.no_grad()
-def test_ragged_batches(cpu_backend):
+def test_ragged_batches(backend):
     """Sequences of different lengths that grow by different amounts, some by nothing."""
     module = make()
     lengths = [150, 1, 77, 0]

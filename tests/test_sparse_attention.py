@@ -476,12 +476,12 @@ def check_selection(case: Case, **options) -> Tensor:
     [*(([n], None) for n in LENGTHS), ([50, 0, 7, 190], [3, 0, 1, 190]), ([400, 333], [1, 200])],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_select_blocks(cpu_backend, tokens, queries, dtype):
+def test_select_blocks(backend, tokens, queries, dtype):
     check_selection(make(tokens, queries, dtype=dtype))
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 8, 20])
-def test_all_heads_of_a_group_decide(cpu_backend, group):
+def test_all_heads_of_a_group_decide(backend, group):
     """Public FSA code looks at the first head of a group only."""
     case = make([300], q_heads=2 * group)
     got = check_selection(case)
@@ -513,7 +513,7 @@ def test_forced_blocks(topk, forced):
             assert wanted <= set(got[h, i].tolist())
 
 
-def test_of_equal_scores_the_lower_block_wins(cpu_backend):
+def test_of_equal_scores_the_lower_block_wins(backend):
     case = make([320])
     case.k.zero_()  # every compressed key gets the same attention
     got = check_selection(case, init_blocks=0, local_blocks=0, topk=3)
@@ -543,7 +543,7 @@ def test_weights_of_compressed_keys():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_selection_is_bit_identical(cpu_backend, num_threads, threads):
+def test_selection_is_bit_identical(backend, num_threads, threads):
     case = make([700, 300], q_heads=8)
     k_cmp, v_cmp, ends = compressed(case)
     _, lse = run_compressed(case, k_cmp, v_cmp, ends)
@@ -553,7 +553,7 @@ def test_selection_is_bit_identical(cpu_backend, num_threads, threads):
     assert torch.equal(run_selection(case, k_cmp, lse, ends), want)
 
 
-def test_selection_is_that_of_each_sequence_alone(cpu_backend):
+def test_selection_is_that_of_each_sequence_alone(backend):
     case = make([200, 0, 90], [200, 0, 13])
     k_cmp, v_cmp, ends = compressed(case)
     _, lse = run_compressed(case, k_cmp, v_cmp, ends)
@@ -566,7 +566,7 @@ def test_selection_is_that_of_each_sequence_alone(cpu_backend):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_selection_of_what_is_not_finite(cpu_backend, value):
+def test_selection_of_what_is_not_finite(backend, value):
     """NaN is nobody's best; forced blocks stay, and other queries choose as before."""
     case = make([200])
     k_cmp, v_cmp, ends = compressed(case)

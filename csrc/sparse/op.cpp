@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "attend/inputs.h"
@@ -29,7 +30,7 @@ std::vector<SelectTile> make_tiles(const IntArray& q, const IntArray& keys, cons
       tiles.push_back({static_cast<int32_t>(q[b] + i),
                        static_cast<int32_t>(std::min<int64_t>(kSelectQueries, queries - i)),
                        starts(keys, b), static_cast<int32_t>(keys[b + 1] - keys[b]),
-                       static_cast<int32_t>(offset + i)});
+                       static_cast<int32_t>(offset + i), 0});
     }
   }
   return tiles;
@@ -48,7 +49,7 @@ Tensor select_blocks_op(const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
                         const Tensor& cmp_indptr, const Tensor& token_indptr, int64_t kernel_size,
                         int64_t kernel_stride, int64_t block_size, int64_t topk, int64_t init_blocks,
                         int64_t local_blocks, double scale, const std::optional<Tensor>& key_start) {
-  check_cpu(q, "q");
+  check_device(q, "q");
   check_device(k_cmp, "k_cmp", q, "q");
   check_device(lse, "lse", q, "q");
   check_dim(q, "q", "[Nq, Hq, D]", 3);
@@ -111,6 +112,20 @@ Tensor select_blocks_op(const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
   p.scale = scale;
   Tensor block_index = torch::stable::new_empty(q, {k_cmp.size(1), q.size(0), topk}, ScalarType::Int);
   p.block_index = static_cast<int32_t*>(block_index.mutable_data_ptr());
+  if (GpuLaunch gpu(q); gpu) {
+    constexpr int64_t kWords = sizeof(SelectTile) / sizeof(int64_t);
+    Tensor table = host_table(kWords * p.num_tiles, q);
+    std::memcpy(table.mutable_data_ptr(), tiles.data(), tiles.size() * sizeof(SelectTile));
+    table = to_device_of(q, table);
+    p.tiles = static_cast<const SelectTile*>(table.const_data_ptr());
+    gpu.reads(q, "q");
+    gpu.reads(k_cmp, "k_cmp");
+    gpu.reads(lse, "lse");
+    gpu.reads(table, "tiles");
+    gpu.writes(block_index, "block_index");
+    gpu.run("select_blocks", p);
+    return block_index;
+  }
   dispatch_isa([&]<Isa isa>() {
     p.scratch_bytes = select_scratch_bytes<isa>(p);
     select_blocks<isa>(p);
@@ -121,5 +136,6 @@ Tensor select_blocks_op(const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(palmette, CPU, m) { m.impl("select_blocks", TORCH_BOX(&select_blocks_op)); }
+STABLE_TORCH_LIBRARY_IMPL(palmette, CUDA, m) { m.impl("select_blocks", TORCH_BOX(&select_blocks_op)); }
 
 }  // namespace palmette

@@ -18,6 +18,7 @@ struct SelectTile {
   int32_t query, num_queries;  // rows of q
   int32_t key, num_keys;       // the sequence's compressed keys
   int32_t token;               // of the first query, within the sequence
+  int32_t unused;              // makes whole words of 8 bytes, in which tables go to a GPU
 };
 
 struct SelectParams {
