@@ -695,3 +695,42 @@ def test_drawn_selections(lengths, group, topk, block_size, seed):
     torch.manual_seed(seed)
     case = make(lengths, q_heads=group, kv_heads=1, head_dim=8)
     check_selected(case, random_blocks(case, topk, block_size, seed), block_size)
+
+
+# ---- operators
+
+
+def selection_arguments() -> list[tuple[object, ...]]:
+    case = make([40, 0, 21], [40, 0, 3])
+    k_cmp, v_cmp, ends = compressed(case)
+    _, lse = run_compressed(case, k_cmp, v_cmp, ends)
+    lengths = case.cu_seqlens, ends, case.cu_seqlens_k
+    return [(case.q, k_cmp, lse, *lengths, 8, 4, 16, 4, 1, 2, 0.25)]
+
+
+def plan_arguments() -> list[tuple[object, ...]]:
+    case = make([40, 0, 21], [40, 0, 3])
+    index = random_blocks(case, 4)
+    lengths = case.cu_seqlens, case.cu_seqlens_k
+    starts = torch.tensor([30, 0, 0])
+    return [
+        (index, *lengths, 61, 16, 8, 6, 40, 20, None),
+        (index, *lengths, 80, 16, 64, 6, 40, 20, starts),
+    ]
+
+
+OPCHECK_CASES = {"select_blocks": selection_arguments, "plan_selection": plan_arguments}
+
+
+def test_compiles(backend):
+    """With the plan in the graph: nothing of it depends on values."""
+    case = make([150], dtype=torch.float32)
+    index = random_blocks(case, 4)
+
+    def run(q, k, v, index):
+        out = selected_attention(q, k, v, index, case.cu_seqlens, block_size=BLOCK)
+        return out + sliding_window_attention(q, k, v, case.cu_seqlens, window=9)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    inputs = case.q, case.k, case.v
+    torch.testing.assert_close(compiled(*inputs, index), run(*inputs, index))

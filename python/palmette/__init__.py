@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Palmette: attention for everything irregular (trees of tokens, cascades, shared prefixes)."""
+"""Palmette: attention for everything irregular: trees of tokens, cascades, shared prefixes, sparse blocks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import importlib
 from importlib import metadata
 from typing import Any
 
-_SUBMODULES = ("integrations", "pipelines", "reference", "testing")  # import on first use
+_SUBMODULES = ("integrations", "nn", "pipelines", "reference", "testing")  # import on first use
 _broken: Exception | None = None
 
 try:
     from palmette.cascade import cascade_attention, merge_state, merge_states
+    from palmette.sparse_attention import (
+        compress,
+        compressed_attention,
+        select_blocks,
+        selected_attention,
+        sliding_window_attention,
+    )
     from palmette.tree import Tree
     from palmette.tree_attention import tree_attention
     from palmette.tree_plan import TreeAttentionIO, TreeAttentionPlan, plan_tree_attention
@@ -25,9 +32,14 @@ __all__ = [
     "TreeAttentionPlan",
     "cascade_attention",
     "compact_kv_",
+    "compress",
+    "compressed_attention",
     "merge_state",
     "merge_states",
     "plan_tree_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
     "tree_attention",
     "verify_greedy",
     "verify_sample",
