@@ -29,6 +29,7 @@ WANTED = {
     "verify_greedy": {"index", "mask", "barrier", "scale"},
     "verify_sample": {"index", "mask", "barrier", "scale"},
     "compact_kv_": {"index", "mask", "scale"},
+    "select_blocks": {"index", "mask", "barrier", "scale"},
     "list_tasks": {"index", "barrier"},
     "keys": {"index", "mask"},
     "tiles": {"index", "barrier", "scale"},

@@ -542,6 +542,28 @@ def test_weights_of_compressed_keys():
     torch.testing.assert_close(scores[0, 319] * 19, torch.tensor([7.0, 8.0, 8.0, 8.0, 7.0]))
 
 
+@pytest.mark.parametrize("name", [n for n in testing.EMULATORS if n in testing.backends()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selection_where_heads_do_not_fit(name, dtype):
+    """In little shared memory, a group's queries come a few heads at a time."""
+    case = make([300], q_heads=14, head_dim=64, dtype=dtype)
+    k_cmp, v_cmp, ends = compressed(case)
+    _, lse = run_compressed(case, k_cmp, v_cmp, ends)
+    with testing.backend(name):
+        want = run_selection(case, k_cmp, lse, ends)
+        for limit in (40, 30, 26):
+            with testing.emulator(shared_limit=limit << 10):
+                assert torch.equal(run_selection(case, k_cmp, lse, ends), want)
+        with (
+            testing.emulator(shared_limit=8 << 10),
+            pytest.raises(ValueError, match=r"^topk and head_dim must be such that a block fits the GPU's 8192"),
+        ):
+            run_selection(case, k_cmp, lse, ends)
+        for order in ({"order": "reverse"}, {"order": "random", "seed": 3}):
+            with testing.emulator(**order):
+                assert torch.equal(run_selection(case, k_cmp, lse, ends), want)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_selection_is_bit_identical(backend, num_threads, threads):
     case = make([700, 300], q_heads=8)
