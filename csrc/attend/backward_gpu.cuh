@@ -75,7 +75,8 @@ __device__ __forceinline__ float log2_lse(float lse) { return lse == -INFINITY ?
 
 // Of row `row` of `at`, in lse and delta.
 template <class E>
-__device__ __forceinline__ int64_t state_index(const BackwardProblem<E>& a, const RowOf& at, int row, int kv_head) {
+__device__ __forceinline__ int64_t state_index(const BackwardProblem<E>& a, const RowOf& at, int row,
+                                               int kv_head) {
   const int64_t query = a.p.plan.query_index[at.query(row)];
   return query * a.p.num_q_heads + kv_head * a.group + row % a.group;
 }

@@ -123,7 +123,8 @@ void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t n
       bool ascending = true;
       for (const int32_t* j = first; j + 1 < last; ++j) ascending &= j[0] < j[1];
       require(ascending, "item_query", "ascending in every item", "item ", k);
-      if (first < last) range(first[0], int64_t{last[-1]} + 1, task.query_begin, task.query_end, "item_query");
+      if (first < last)
+        range(first[0], int64_t{last[-1]} + 1, task.query_begin, task.query_end, "item_query");
     }
   }
   if (partials > 0) {

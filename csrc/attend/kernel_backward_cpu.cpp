@@ -107,7 +107,8 @@ struct Backward {
       V sum = S::zero();
       int x = 0;
       for (; x + N <= p.v_head_dim; x += N) sum += S::load(out + x) * S::load(dout + x);
-      if (x < p.v_head_dim) sum += S::load_n(out + x, p.v_head_dim - x) * S::load_n(dout + x, p.v_head_dim - x);
+      if (x < p.v_head_dim)
+        sum += S::load_n(out + x, p.v_head_dim - x) * S::load_n(dout + x, p.v_head_dim - x);
       const int64_t stat = j * p.num_q_heads + head;
       const T l = static_cast<const T*>(p.lse)[stat];
       task_lse[r] = l == -T(INFINITY) ? T(INFINITY) : l * T(kLog2e);  // saw no key: P = 0
@@ -168,8 +169,7 @@ struct Backward {
     min_query_depth = INT32_MAX;
     for (int r = 0; r < (rows.count + kGroupRows - 1) / kGroupRows * kGroupRows; ++r) {
       const int32_t j = r < rows.count ? rows.query(r) : -1;
-      const bool named =
-          j >= 0 && (rows.listed != nullptr || (j >= item.query_begin && j < item.query_end));
+      const bool named = j >= 0 && (rows.listed != nullptr || (j >= item.query_begin && j < item.query_end));
       pos[r] = named ? p.plan.query_pos[j] : INT32_MIN;
       depth[r] = named ? p.plan.query_depth[j] : 0;
       if (named && p.plan.query_depth[j] < min_query_depth) min_query_depth = p.plan.query_depth[j];
@@ -310,9 +310,9 @@ struct Backward {
     }
     for (int i = task.item_begin; i < task.item_end; ++i) {
       const PlanItem& item = p.plan.item[i];
-      run_rows<E>({task, p.plan.item_query + item.query_begin, (item.query_end - item.query_begin) * group,
-                   group},
-                  i, i + 1, unit);
+      run_rows<E>(
+          {task, p.plan.item_query + item.query_begin, (item.query_end - item.query_begin) * group, group}, i,
+          i + 1, unit);
     }
   }
 

@@ -6,7 +6,8 @@
 //
 //   K, V --cp.async--> shared memory, once, if any item holds a key of the tile
 //   q, dO --cp.async--> shared memory, a tile of rows at a time
-//   K Q^T, V dO^T --multiply_rows--> S^T, dP^T in registers -> P^T, dS^T --accumulate_rows--> dV, dK -> dv, dk
+//   K Q^T, V dO^T --multiply_rows--> S^T, dP^T in registers -> P^T, dS^T --accumulate_rows--> dV, dK -> dv,
+//   dk
 //
 // A tile is 64 (32 in float) neighbours in `slots`, not in depth-first order; where two of them name the same
 // slot, its gradient is wrong: slots must be distinct, which tree_attention sees to. Gradients of more than

@@ -140,8 +140,8 @@ struct QueryGradient {
     for (int r = warp(); r < count; r += kWarps) write_carefully(r, columns);
   }
 
-  // A weight of exactly 0 contributes nothing, even times inf or NaN: where K has made columns of a row inf or
-  // NaN, they are computed key by key. This lane has written the columns that it looks at.
+  // A weight of exactly 0 contributes nothing, even times inf or NaN: where K has made columns of a row inf
+  // or NaN, they are computed key by key. This lane has written the columns that it looks at.
   __device__ __forceinline__ void write_carefully(int r, int columns) const {
     bool bad[kValues] = {}, some_bad = false;
 #pragma unroll

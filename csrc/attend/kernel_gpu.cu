@@ -67,8 +67,8 @@ __device__ __forceinline__ Finished finish(const AttendParams& p, int head, floa
   return {l == 0 ? 0.0f : weight / l, l == 0 ? -INFINITY : (m + log2f(l)) * kLn2};
 }
 
-// sum_k P V of one query of a task and one head, leaving out weights of exactly 0, by a group of lanes: column
-// lane() + 32 i is total[i]. Rare, so small code is all that counts.
+// sum_k P V of one query of a task and one head, leaving out weights of exactly 0, by a group of lanes:
+// column lane() + 32 i is total[i]. Rare, so small code is all that counts.
 template <class E, int kValues>
 __device__ __forceinline__ void careful_values(const Problem<E>& a, const PlanTask& task, const QueryRow& row,
                                                int head, float top, float (&total)[kValues]) {

@@ -140,8 +140,8 @@ Gradients attend_backward_op(const Tensor& dout_, const std::optional<Tensor>& d
                              const Tensor& slots, const Tensor& query, const Tensor& segment,
                              const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
                              const Tensor& merge_row, const Tensor& counts,
-                             const std::optional<Tensor>& sinks, double scale, double softcap,
-                             int64_t window, const std::optional<Tensor>& item_query) {
+                             const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window,
+                             const std::optional<Tensor>& item_query) {
   AttendBackwardParams b{};
   AttendParams& p = b.forward;
   const Inputs in{

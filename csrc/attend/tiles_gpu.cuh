@@ -49,8 +49,8 @@ __device__ __forceinline__ void copy_key_rows(const Matrix<E>& to, int rows, con
             [&](int row) -> const E* { return row < count ? from.row(keys[row].slot, kv_head) : nullptr; });
 }
 
-// Is the plan still one for these q and k? A captured graph, or compiled code, is launched again with what the
-// tables hold by then. Kernels follow any change of them, but not one that q or k has no rows for.
+// Is the plan still one for these q and k? A captured graph, or compiled code, is launched again with what
+// the tables hold by then. Kernels follow any change of them, but not one that q or k has no rows for.
 __device__ __forceinline__ bool plan_fits(const AttendParams& p) {
   return p.plan.counts[kNumQueries] == p.plan.num_queries && p.plan.counts[kNumSlots] <= p.num_slots;
 }

@@ -54,8 +54,7 @@ class SelectionPlanner {
     max_task_queries = 0;
     for (int64_t b = 0; b + 1 < q_indptr.size; ++b) {
       const Sequence sequence{static_cast<int32_t>(q_indptr[b]),
-                              static_cast<int32_t>(q_indptr[b + 1] - q_indptr[b]),
-                              key_start(kv_indptr, b),
+                              static_cast<int32_t>(q_indptr[b + 1] - q_indptr[b]), key_start(kv_indptr, b),
                               static_cast<int32_t>(kv_indptr[b + 1] - kv_indptr[b]),
                               static_cast<int32_t>(segment.size())};
       add_blocks(sequence, static_cast<int32_t>(s.block_size));
@@ -137,7 +136,8 @@ PlanTensors plan_selection(const Tensor& block_index, const Tensor& q_indptr, co
         block_index.numel());
   const int64_t num_queries = block_index.size(1);
   const IntArray q = check_indptr(q_indptr, "cu_seqlens", num_queries, "rows of q"),
-                 kv = check_indptr(kv_indptr, "cu_seqlens_k", key_start.has_value() ? -1 : num_keys, "rows of k");
+                 kv = check_indptr(kv_indptr, "cu_seqlens_k", key_start.has_value() ? -1 : num_keys,
+                                   "rows of k");
   check(q.size == kv.size, "cu_seqlens_k must be [", q.size, "] like cu_seqlens, got [", kv.size, "]");
 
   thread_local SelectionPlanner planner;

@@ -177,8 +177,8 @@ PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool ca
   check(key_stride > 0 && key_stride <= INT_MAX, "key_stride must be at least 1, got ", key_stride);
   check(window >= 0, "window must be at least 0 (0: none), got ", window);
   const IntArray queries = check_indptr(q_indptr, "q_indptr", num_queries, "rows of q"),
-                 keys = check_indptr(kv_indptr, "kv_indptr", key_start.has_value() ? -1 : num_keys,
-                                     "rows of k");
+                 keys =
+                     check_indptr(kv_indptr, "kv_indptr", key_start.has_value() ? -1 : num_keys, "rows of k");
   VarlenRequest request{queries,
                         keys,
                         token_indptr.has_value() ? int_array(*token_indptr, "token_indptr") : keys,

@@ -36,8 +36,9 @@ struct Select {
 
   const SelectParams& p;
   const int group;
-  T *q_lanes, *lse, *prob, *weight, *k_tile, *score;  // [group][blocks][D][W], [group][lanes], [keys][lanes] ..
-  T* best;         // [topk]: of one query, falling
+  T *q_lanes, *lse, *prob, *weight, *k_tile,
+      *score;       // [group][blocks][D][W], [group][lanes], [keys][lanes] ..
+  T* best;          // [topk]: of one query, falling
   int32_t* chosen;  // [topk]: their blocks
 
   explicit Select(const SelectParams& params) : p(params), group(params.num_q_heads / params.num_kv_heads) {}
@@ -60,9 +61,7 @@ struct Select {
 
   // Tokens that a compressed key ends at, and blocks that a query can choose from.
   int64_t last_token(int64_t key) const { return (key + p.key_strides) * p.stride - 1; }
-  int32_t own_block(const SelectTile& t, int i) const {
-    return (t.token + i) / (p.block_strides * p.stride);
-  }
+  int32_t own_block(const SelectTile& t, int i) const { return (t.token + i) / (p.block_strides * p.stride); }
 
   template <class E>
   void pack(const SelectTile& t, int kv_head) {
@@ -72,9 +71,8 @@ struct Select {
       for (int b = 0; b < kBlocks; ++b) {
         const int left = t.num_queries - b * W, count = left < 0 ? 0 : left < W ? left : W;
         pack_rows<B, E>(q_lanes + (g * kBlocks + b) * int64_t{W} * p.head_dim, count, p.head_dim,
-                        static_cast<T>(p.scale * kLog2e), [&](int r) {
-                          return base + (t.query + b * W + r) * p.q.token + head * p.q.head;
-                        });
+                        static_cast<T>(p.scale * kLog2e),
+                        [&](int r) { return base + (t.query + b * W + r) * p.q.token + head * p.q.head; });
       }
       for (int i = 0; i < kLanes; ++i) {
         const T l = i < t.num_queries
@@ -92,8 +90,8 @@ struct Select {
     const char* rows[kKeys];
     const int64_t size = element_size(p.dtype);
     for (int i = 0; i < n; ++i) {
-      rows[i] = static_cast<const char*>(p.k.data) +
-                ((t.key + first + i) * p.k.token + kv_head * p.k.head) * size;
+      rows[i] =
+          static_cast<const char*>(p.k.data) + ((t.key + first + i) * p.k.token + kv_head * p.k.head) * size;
     }
     pack_rows_of_tile<S>(k_tile, rows, 0, n, p.dtype, p.head_dim);
     return {k_tile, packed_stride<S>(p.head_dim)};
@@ -135,7 +133,8 @@ struct Select {
   void choose(const SelectTile& t, int kv_head, int lane) {
     const int32_t own = own_block(t, lane);
     const int32_t init = p.init_blocks < own + 1 ? p.init_blocks : own + 1;  // blocks [0, init) are taken,
-    const int32_t local = own + 1 - p.local_blocks > init ? own + 1 - p.local_blocks : init;  // [local, own] too
+    const int32_t local =
+        own + 1 - p.local_blocks > init ? own + 1 - p.local_blocks : init;  // [local, own] too
     const int32_t room = p.topk - init - (own + 1 - local);
     int32_t count = 0;
     for (int32_t j = init; j < local && room > 0; ++j) {

@@ -3,15 +3,15 @@
 //
 // Data flow. A block of four warps owns 16 queries of one KV head:
 //
-//   q of all heads of the group --cp.async--> shared memory, once (a few heads at a time where they do not fit)
-//   compressed keys --cp.async--> shared memory, a tile at a time
-//   per head: Q K^T --multiply_rows--> S in registers -> p += 2^(S - lse), head after head; a quarter of the
+//   q of all heads of the group --cp.async--> shared memory, once (a few heads at a time where they do not
+//   fit) compressed keys --cp.async--> shared memory, a tile at a time per head: Q K^T --multiply_rows--> S
+//   in registers -> p += 2^(S - lse), head after head; a quarter of the
 //             tile's keys per warp
-//   p --shared memory--> scores of the key blocks that the tile touches, in a ring: a thread per query and block
-//   scores of blocks that no key to come touches --insertion, a thread per query--> the best so far
+//   p --shared memory--> scores of the key blocks that the tile touches, in a ring: a thread per query and
+//   block scores of blocks that no key to come touches --insertion, a thread per query--> the best so far
 //
-// Keys ascend, so a block's score is known soon after the last of its keys; no more of them is ever stored than
-// the ring holds. Sums are made in the order of the keys, heads in theirs.
+// Keys ascend, so a block's score is known soon after the last of its keys; no more of them is ever stored
+// than the ring holds. Sums are made in the order of the keys, heads in theirs.
 #include <algorithm>
 
 #include "attend/tiles_gpu.cuh"
@@ -91,7 +91,7 @@ struct Selection {
     if (own + 1 > p.topk && last + 1 >= p.key_strides * p.stride)
       seen = min(num_keys, (last + 1) / p.stride - p.key_strides + 1);
     if (seen > 0 && a.heads_at_once == a.group) copy_queries(0, a.group);
-    int kept = 0;             // blocks whose scores are known
+    int kept = 0;              // blocks whose scores are known
     int room = 0, chosen = 0;  // of this thread's query: blocks to choose, and chosen so far
     int init = 0, local = 0;   // it takes [0, init) and [local, its own] in any case
     if (thread < count) {
@@ -194,7 +194,8 @@ struct Selection {
   }
 
   // A block whose score is known, into the best so far of a query.
-  __device__ __forceinline__ void insert(int row, int block, int init, int local, int room, int& chosen) const {
+  __device__ __forceinline__ void insert(int row, int block, int init, int local, int room,
+                                         int& chosen) const {
     const float value = score(block, row);
     score(block, row) = 0;  // for the block that comes next in its place
     float* best = at<float>(a.best_offset) + row;
@@ -275,7 +276,8 @@ void launch_selection(const SelectParams& p, const LaunchContext& context) {
                              std::to_string(shared_limit()) + " bytes of shared memory, got " +
                              std::to_string(p.topk) + " and " + std::to_string(p.head_dim));
   const auto blocks = static_cast<unsigned>(int64_t{p.num_tiles} * (kSelectQueries / kRows) * p.num_kv_heads);
-  if (blocks > 0) launch("select_blocks", &select_blocks_kernel<Math>, dim3(blocks), dim3(kThreads), bytes, context, a);
+  if (blocks > 0)
+    launch("select_blocks", &select_blocks_kernel<Math>, dim3(blocks), dim3(kThreads), bytes, context, a);
 }
 
 void select_blocks(const SelectParams& p, const LaunchContext& context) {

@@ -28,9 +28,8 @@ std::vector<SelectTile> make_tiles(const IntArray& q, const IntArray& keys, cons
           tokens[b + 1] - tokens[b], " tokens of sequence ", b);
     for (int64_t i = 0; i < queries; i += kSelectQueries) {
       tiles.push_back({static_cast<int32_t>(q[b] + i),
-                       static_cast<int32_t>(std::min<int64_t>(kSelectQueries, queries - i)),
-                       starts(keys, b), static_cast<int32_t>(keys[b + 1] - keys[b]),
-                       static_cast<int32_t>(offset + i), 0});
+                       static_cast<int32_t>(std::min<int64_t>(kSelectQueries, queries - i)), starts(keys, b),
+                       static_cast<int32_t>(keys[b + 1] - keys[b]), static_cast<int32_t>(offset + i), 0});
     }
   }
   return tiles;
@@ -40,8 +39,8 @@ std::vector<SelectTile> make_tiles(const IntArray& q, const IntArray& keys, cons
 void check_key_counts(const IntArray& keys, const IntArray& tokens, int64_t size, int64_t stride) {
   for (int64_t b = 0; b + 1 < keys.size; ++b) {
     const int64_t n = tokens[b + 1] - tokens[b], wanted = n < size ? 0 : (n - size) / stride + 1;
-    check(keys[b + 1] - keys[b] == wanted, "cu_seqlens_cmp must be such that sequence ", b, " of ", n, " tokens has ",
-          wanted, " compressed keys, got ", keys[b + 1] - keys[b]);
+    check(keys[b + 1] - keys[b] == wanted, "cu_seqlens_cmp must be such that sequence ", b, " of ", n,
+          " tokens has ", wanted, " compressed keys, got ", keys[b + 1] - keys[b]);
   }
 }
 

@@ -31,7 +31,7 @@ struct SelectParams {
   int32_t topk, init_blocks, local_blocks, max_blocks;
   DType dtype;
   double scale;
-  int32_t* block_index;  // [Hk, Nq, topk]
+  int32_t* block_index;   // [Hk, Nq, topk]
   int64_t scratch_bytes;  // per worker
 };
 
