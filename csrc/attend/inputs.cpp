@@ -75,8 +75,8 @@ void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t n
   within(items, t.item.size(0), "item");
   within(tasks, t.task.size(0), "task");
   within(partials, t.merge_row.numel(), "merge_row");
-  const int64_t listed = p.item_query != nullptr ? p.counts[kNumItemQueries] : 0;
-  if (p.item_query != nullptr) within(listed, t.item_query->numel(), "item_query");
+  const int64_t listed = t.item_query.has_value() ? p.counts[kNumItemQueries] : 0;
+  if (t.item_query.has_value()) within(listed, t.item_query->numel(), "item_query");
 
   p.num_queries = static_cast<int32_t>(queries);
   p.num_tasks = static_cast<int32_t>(tasks);
