@@ -22,6 +22,7 @@ KERNELS = {
     "verify_greedy",
     "verify_sample",
     "copy_rows",
+    "select_blocks",
 }
 
 built = pytest.mark.skipif(not CUDA.is_file(), reason="built without nvcc, or with PALMETTE_CUDA=0")
