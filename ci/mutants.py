@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Breaks one line of the GPU kernels at a time, and shows which test of the suite notices.
 
-    ci/mutants.py [--only PATTERN] [--again] [--jobs N] [--write docs/dev/mutants.md]
+    ci/mutants.py [--only PATTERN] [--new] [--again] [--jobs N] [--write docs/dev/mutants.md]
 
 The list is tests/mutants.toml. Sources are broken in a copy, build/mutants/source, and built for the emulator
 there; libpalmette.so is what ci/build.sh has made. First all tests of the list run on kernels that are whole:
 they must pass. Results are kept in build/mutants/results.json after each mutant, so that a run that was
-stopped goes on where it was; a result holds until a source or the mutant changes. Exits with 1 if a mutant
-survives.
+stopped goes on where it was; a result holds until a source or the mutant changes. A page keeps what it says
+of mutants that were not run. Exits with 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -228,24 +228,41 @@ def key_of(copy: Copy, mutant: Mutant) -> str:
     return hashlib.sha256((copy.digest + json.dumps(content)).encode()).hexdigest()
 
 
-def table(mutants: list[Mutant], found: list[dict[str, str]]) -> str:
+def caught_by(result: dict[str, str]) -> str:
+    caught = f"`{result['test'].removeprefix('tests/')}`".replace("|", "\\|")
+    if result["what"] == "passed":
+        return "**nothing**"
+    if result["what"] == "hangs":
+        return f"{caught} (hangs)"
+    if result["what"] != "failed":
+        return f"{caught} (the process {result['what'].replace(':', ' with')})"
+    return caught
+
+
+def said(page: Path) -> dict[tuple[str, str, str], str]:
+    """What a page says that caught each mutant, by kernel, kind and change."""
+    rows = [line.strip("| ").split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
+    return {
+        (kernel, kind, change): caught for kernel, kind, _, change, caught in (r for r in rows if len(r) == 5)
+    }
+
+
+def name_of(mutant: Mutant) -> tuple[str, str, str]:
+    return mutant.kernel, mutant.kind, mutant.change
+
+
+def table(mutants: list[Mutant], caught: dict[tuple[str, str, str], str]) -> str:
     rows = [["kernel", "kind", "place", "change", "caught by"]]
-    for mutant, result in zip(mutants, found, strict=True):
-        caught = f"`{result['test'].removeprefix('tests/')}`".replace("|", "\\|")
-        if result["what"] == "passed":
-            caught = "**nothing**"
-        elif result["what"] == "hangs":
-            caught += " (hangs)"
-        elif result["what"] != "failed":
-            caught += f" (the process {result['what'].replace(':', ' with')})"
+    for mutant in mutants:
         place = f"{mutant.file.removeprefix('csrc/')}:{mutant.line}"
-        rows.append([mutant.kernel, mutant.kind, place, mutant.change, caught])
+        rows.append([mutant.kernel, mutant.kind, place, mutant.change, caught[name_of(mutant)]])
     return pages.table(rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", help="a part of a mutant's name, or a pattern: 'attend_dq*', 'barrier'")
+    parser.add_argument("--new", action="store_true", help="those that the page to be written does not have")
     parser.add_argument("--again", action="store_true", help="whatever has been found before")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of the compiler")
     parser.add_argument("--write", type=Path, help="a page with the marks")
@@ -262,6 +279,9 @@ def main() -> int:
     copy = Copy(edits, arguments.jobs)
     only = arguments.only or ""
     chosen = [m for m in mutants if only in m.name or fnmatch(m.name, only)]
+    written = {} if arguments.write is None else said(arguments.write)
+    if arguments.new:
+        chosen = [m for m in chosen if name_of(m) not in written]
 
     def known(mutant: Mutant) -> dict[str, str] | None:
         """One that survived is tried again: the tests may have become better."""
@@ -301,11 +321,11 @@ def main() -> int:
     for mutant in survivors:
         print(f"survives: {mutant.name}: {mutant.change}", file=sys.stderr)
     if arguments.write is not None:
-        results_of_all = [r for r in found if r is not None]
-        if len(results_of_all) < len(mutants):
-            print(f"mutants: {len(mutants) - len(results_of_all)} have no result yet", file=sys.stderr)
+        written |= {name_of(m): caught_by(r) for m, r in zip(mutants, found, strict=True) if r is not None}
+        if missing := [m.name for m in mutants if name_of(m) not in written]:
+            print(f"mutants: {len(missing)} have no result yet: {', '.join(missing)}", file=sys.stderr)
             return 2
-        pages.write_between(arguments.write, "ci/mutants.py", "mutants", table(mutants, results_of_all))
+        pages.write_between(arguments.write, "ci/mutants.py", "mutants", table(mutants, written))
     return 2 if broken else 1 if survivors else 0
 
 
