@@ -2,7 +2,13 @@
 """Drop-in modules."""
 
 from palmette.nn.rotary import RotaryEmbedding
-from palmette.nn.sparse_attention import NativeSparseAttention, SparseAttentionReport
+from palmette.nn.sparse_attention import NativeSparseAttention, SparseAttentionReport, SparseBranches
 from palmette.nn.sparse_cache import SparseKVCache
 
-__all__ = ["NativeSparseAttention", "RotaryEmbedding", "SparseAttentionReport", "SparseKVCache"]
+__all__ = [
+    "NativeSparseAttention",
+    "RotaryEmbedding",
+    "SparseAttentionReport",
+    "SparseBranches",
+    "SparseKVCache",
+]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,41 +45,12 @@ class SparseAttentionReport:
     keys_read: int
 
 
-class NativeSparseAttention(nn.Module):
-    """Causal attention that reads compressed keys, the blocks that these point at, and a window.
+class SparseBranches(nn.Module):
+    """NSA's three branches and their gates, for modules that have projections of their own.
 
-    ``out = proj_o(g_cmp * compressed + g_slc * selected + g_win * window)`` with ``g = sigmoid(gate(x))``.
-
-    Args:
-        hidden_size: width of x.
-        num_q_heads, num_kv_heads, head_dim: of q and k; num_q_heads is a multiple of num_kv_heads.
-        kernel_size, kernel_stride: tokens of a compressed key, and from one to the next.
-        block_size: keys of a block of the selection. kernel_stride divides kernel_size and block_size.
-        topk: blocks that a query reads at most, init_blocks + local_blocks of them always.
-        init_blocks, local_blocks: blocks at the begin of the sequence, and up to the query's own.
-        window_size: keys of the sliding window, the query's own included.
-        v_head_dim: of v. Default: head_dim.
-        gate: ``"head"``: three gates per query head, as in NSA; ``"token"``: three per token, as in FSA's
-            module. Default: ``"head"``.
-        separate_kv: K and V of their own for each branch, as in NSA; otherwise all branches share one pair,
-            as in FSA's module. Default: False.
-        compression: ``"mean"``, ``"weighted"`` or ``"linear"`` (a learnt map of a whole block, with an
-            embedding of the place within it added to K), or a pair of modules for K and V that map blocks
-            [C, Hk, kernel_size, D] to [C, Hk, D]. Default: ``"linear"``.
-        rope: ``rope(x [T, heads, D], positions [T]) -> x``, for q, k, and compressed k, which is rotated as
-            at the first token of its block; ``nn.Identity``-like functions are fine. Default:
-            ``RotaryEmbedding(head_dim)``.
-
-    Attributes:
-        report: what the last call did (``SparseAttentionReport``), None before the first.
-
-    The names and shapes of parameters are those of FSA's module: a state dict of FSA or of XunhaoLai's code
-    loads with ``gate="token"``.
-
-    Raises:
-        ValueError: sizes do not divide each other, or an option is unknown.
-
-    Source: NSA (arXiv 2502.11089), section 3; FSA (arXiv 2508.18224).
+    What ``NativeSparseAttention`` does between its projections; its arguments, but for ``hidden_size``, which
+    here is the width of what the gates see. Parameters: ``compress_key``, ``compress_value``,
+    ``intra_block_pe`` and ``gate``.
     """
 
     def __init__(
@@ -147,11 +118,6 @@ class NativeSparseAttention(nn.Module):
         self.compression = compression if isinstance(compression, str) else "module"
         self.report: SparseAttentionReport | None = None
 
-        branches = 3 if separate_kv else 1
-        self.proj_q = nn.Linear(hidden_size, num_q_heads * head_dim, bias=False)
-        self.proj_k = nn.Linear(hidden_size, branches * num_kv_heads * head_dim, bias=False)
-        self.proj_v = nn.Linear(hidden_size, branches * num_kv_heads * v_dim, bias=False)
-        self.proj_o = nn.Linear(num_q_heads * v_dim, hidden_size, bias=False)
         gates = 3 * num_q_heads if gate == "head" else 3
         self.gate = nn.Sequential(nn.Linear(hidden_size, gates, bias=False), nn.Sigmoid())
         self.compress_key: nn.Parameter | nn.Module | None
@@ -174,12 +140,11 @@ class NativeSparseAttention(nn.Module):
         else:
             self.register_parameter("intra_block_pe", None)
         self.rope: Rope = RotaryEmbedding(head_dim) if rope is None else rope
-        self.reset_parameters()
+        self.reset_branches()
 
-    def reset_parameters(self) -> None:
-        """Compression starts near the mean of a block; projections as ``nn.Linear`` does."""
-        for linear in (self.proj_q, self.proj_k, self.proj_v, self.proj_o, self.gate[0]):
-            linear.reset_parameters()  # type: ignore[operator]
+    def reset_branches(self) -> None:
+        """Compression starts near the mean of a block; the gates as ``nn.Linear`` does."""
+        self.gate[0].reset_parameters()  # type: ignore[operator]
         for weight in (self.compress_key, self.compress_value):
             if not isinstance(weight, nn.Parameter):
                 continue
@@ -193,6 +158,222 @@ class NativeSparseAttention(nn.Module):
                     weight.copy_(mean + noise * torch.randn_like(weight))
         if self.intra_block_pe is not None:
             nn.init.normal_(self.intra_block_pe, std=0.02)
+
+    def mix(
+        self,
+        x: Tensor,
+        q: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        cu_seqlens: Tensor,
+        cache: SparseKVCache | None = None,
+    ) -> Tensor:
+        """The gated sum of the branches.
+
+        Args:
+            x: [T, hidden_size], packed sequences: what the gates see.
+            q: [T, Hq, D], not turned by rope yet, as keys.
+            keys, values: [T, Hk, D] and [T, Hk, Dv]: one each, or with ``separate_kv`` three (compressed,
+                selected, window).
+            cu_seqlens: [B + 1], on the CPU, where sequences begin.
+            cache: what came before; is brought up to date.
+
+        Returns:
+            [T, Hq, Dv].
+
+        Raises:
+            ValueError: the cache is of other sequences.
+        """
+        counts: list[int] = cu_seqlens.diff().tolist()
+        past, past_cmp = [0] * len(counts), [0] * len(counts)
+        if cache is not None:
+            cache.begin(len(counts))
+            past, past_cmp = cache.lengths.tolist(), cache.num_compressed.tolist()
+        positions = _positions(past, counts).to(x.device)
+        q = self.rope(q, positions)
+
+        def remember(name: str, rows: Tensor, before: list[int], new: list[int]) -> Tensor:
+            if cache is None:
+                return rows
+            return cache.append(name, rows, before, new)
+
+        def starts(name: str) -> Tensor | None:
+            return None if cache is None else cache.starts(name)
+
+        # compressed keys, which are turned as if they stood where their blocks begin
+        k_cmp, made = self._compress("key", keys[0], cu_seqlens, counts, cache)
+        v_cmp, _ = self._compress("value", values[0], cu_seqlens, counts, cache)
+        k_cmp = self.rope(k_cmp, self.kernel_stride * _positions(past_cmp, made).to(x.device))
+        k_cmp, v_cmp = remember("k_cmp", k_cmp, past_cmp, made), remember("v_cmp", v_cmp, past_cmp, made)
+        tokens, ends_cmp = _ends(past, counts), _ends(past_cmp, made)
+        sizes: dict[str, Any] = {
+            "kernel_size": self.kernel_size,
+            "kernel_stride": self.kernel_stride,
+            "cu_seqlens_k": tokens,
+            "cmp_starts": starts("k_cmp"),
+        }
+        compressed, lse = compressed_attention(q, k_cmp, v_cmp, cu_seqlens, ends_cmp, **sizes)
+
+        # the two branches that read tokens
+        names = ("slc", "win") if self.separate_kv else ("tok",)
+        pairs: list[tuple[Tensor, Tensor, dict[str, Any]]] = [
+            (
+                remember(f"k_{name}", self.rope(k, positions), past, counts),
+                remember(f"v_{name}", v, past, counts),
+                {"cu_seqlens_k": tokens, "k_starts": starts(f"k_{name}")},
+            )
+            for name, k, v in zip(names, keys[-len(names) :], values[-len(names) :], strict=True)
+        ]
+        longest = max((a + n for a, n in zip(past, counts, strict=True)), default=0)
+        dense = longest <= self.topk * self.block_size
+        k, v, where = pairs[0]
+        if dense:
+            selected = sliding_window_attention(q, k, v, cu_seqlens, window=max(1, longest), **where)
+        else:
+            index = select_blocks(
+                q,
+                k_cmp,
+                lse,
+                cu_seqlens,
+                ends_cmp,
+                block_size=self.block_size,
+                topk=self.topk,
+                init_blocks=self.init_blocks,
+                local_blocks=self.local_blocks,
+                **sizes,
+            )
+            selected = selected_attention(q, k, v, index, cu_seqlens, block_size=self.block_size, **where)
+        k, v, where = pairs[-1]
+        windowed = sliding_window_attention(q, k, v, cu_seqlens, window=self.window_size, **where)
+
+        if cache is not None:
+            cache.advance(counts, made)
+        self.report = SparseAttentionReport(
+            queries=x.shape[0],
+            longest=longest,
+            selection="dense" if dense else "blocks",
+            keys_read=max((a + n for a, n in zip(past_cmp, made, strict=True)), default=0)
+            + min(longest, self.topk * self.block_size)
+            + min(longest, self.window_size),
+        )
+        gates = self.gate(x).unflatten(-1, (3, -1)).unsqueeze(-1)  # [T, 3, Hq or 1, 1]
+        mixed: Tensor = gates[:, 0] * compressed + gates[:, 1] * selected + gates[:, 2] * windowed
+        return mixed
+
+    def _compress(
+        self, which: str, x: Tensor, ends: Tensor, counts: list[int], cache: SparseKVCache | None
+    ) -> tuple[Tensor, list[int]]:
+        """Compressed rows that the tokens complete, packed, and how many each sequence gets."""
+        weight = self.compress_key if which == "key" else self.compress_value
+        position = self.intra_block_pe if which == "key" else None
+
+        def run(raw: Tensor, raw_ends: Tensor) -> tuple[Tensor, Tensor]:
+            sizes = {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
+            if isinstance(weight, nn.Module):
+                windows, window_ends = blocks_of_tokens(raw, raw_ends, **sizes)
+                return weight(windows), window_ends
+            return compress(raw, weight, position, raw_ends, **sizes)
+
+        if cache is not None:
+            return cache.compress(which, x, counts, self.kernel_stride, run)
+        y, y_ends = run(x, ends)
+        return y, y_ends.diff().tolist()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.hidden_size}, {self.num_q_heads}, {self.num_kv_heads}, {self.head_dim}, "
+            f"kernel_size={self.kernel_size}, kernel_stride={self.kernel_stride}, "
+            f"block_size={self.block_size}, topk={self.topk}, window_size={self.window_size}, "
+            f"gate={self.gate_kind}, separate_kv={self.separate_kv}, compression={self.compression}"
+        )
+
+
+class NativeSparseAttention(SparseBranches):
+    """Causal attention that reads compressed keys, the blocks that these point at, and a window.
+
+    ``out = proj_o(g_cmp * compressed + g_slc * selected + g_win * window)`` with ``g = sigmoid(gate(x))``.
+
+    Args:
+        hidden_size: width of x.
+        num_q_heads, num_kv_heads, head_dim: of q and k; num_q_heads is a multiple of num_kv_heads.
+        kernel_size, kernel_stride: tokens of a compressed key, and from one to the next.
+        block_size: keys of a block of the selection. kernel_stride divides kernel_size and block_size.
+        topk: blocks that a query reads at most, init_blocks + local_blocks of them always.
+        init_blocks, local_blocks: blocks at the begin of the sequence, and up to the query's own.
+        window_size: keys of the sliding window, the query's own included.
+        v_head_dim: of v. Default: head_dim.
+        gate: ``"head"``: three gates per query head, as in NSA; ``"token"``: three per token, as in FSA's
+            module. Default: ``"head"``.
+        separate_kv: K and V of their own for each branch, as in NSA; otherwise all branches share one pair,
+            as in FSA's module. Default: False.
+        compression: ``"mean"``, ``"weighted"`` or ``"linear"`` (a learnt map of a whole block, with an
+            embedding of the place within it added to K), or a pair of modules for K and V that map blocks
+            [C, Hk, kernel_size, D] to [C, Hk, D]. Default: ``"linear"``.
+        rope: ``rope(x [T, heads, D], positions [T]) -> x``, for q, k, and compressed k, which is rotated as
+            at the first token of its block; ``nn.Identity``-like functions are fine. Default:
+            ``RotaryEmbedding(head_dim)``.
+
+    Attributes:
+        report: what the last call did (``SparseAttentionReport``), None before the first.
+
+    The names and shapes of parameters are those of FSA's module: a state dict of FSA or of XunhaoLai's code
+    loads with ``gate="token"``.
+
+    Raises:
+        ValueError: sizes do not divide each other, or an option is unknown.
+
+    Source: NSA (arXiv 2502.11089), section 3; FSA (arXiv 2508.18224).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kernel_size: int = 32,
+        kernel_stride: int = 16,
+        block_size: int = 64,
+        topk: int = 16,
+        init_blocks: int = 1,
+        local_blocks: int = 2,
+        window_size: int = 512,
+        *,
+        v_head_dim: int | None = None,
+        gate: str = "head",
+        separate_kv: bool = False,
+        compression: str | tuple[nn.Module, nn.Module] = "linear",
+        rope: Rope | None = None,
+    ) -> None:
+        super().__init__(
+            hidden_size,
+            num_q_heads,
+            num_kv_heads,
+            head_dim,
+            kernel_size,
+            kernel_stride,
+            block_size,
+            topk,
+            init_blocks,
+            local_blocks,
+            window_size,
+            v_head_dim=v_head_dim,
+            gate=gate,
+            separate_kv=separate_kv,
+            compression=compression,
+            rope=rope,
+        )
+        branches = 3 if separate_kv else 1
+        self.proj_q = nn.Linear(hidden_size, num_q_heads * head_dim, bias=False)
+        self.proj_k = nn.Linear(hidden_size, branches * num_kv_heads * head_dim, bias=False)
+        self.proj_v = nn.Linear(hidden_size, branches * num_kv_heads * self.v_head_dim, bias=False)
+        self.proj_o = nn.Linear(num_q_heads * self.v_head_dim, hidden_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Compression starts near the mean of a block; projections and gates as ``nn.Linear`` does."""
+        for linear in (self.proj_q, self.proj_k, self.proj_v, self.proj_o):
+            linear.reset_parameters()
+        self.reset_branches()
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None = None, cache: SparseKVCache | None = None
@@ -227,110 +408,10 @@ class NativeSparseAttention(nn.Module):
     def _forward(self, x: Tensor, ends: Tensor, cache: SparseKVCache | None) -> Tensor:
         if cache is not None and torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("cache must be None where gradients are wanted, got a SparseKVCache")
-        counts: list[int] = ends.diff().tolist()
-        past, past_cmp = [0] * len(counts), [0] * len(counts)
-        if cache is not None:
-            cache.begin(len(counts))
-            past, past_cmp = cache.lengths.tolist(), cache.num_compressed.tolist()
-        positions = _positions(past, counts).to(x.device)
-        q = self.rope(self.proj_q(x).unflatten(-1, (self.num_q_heads, self.head_dim)), positions)
+        q = self.proj_q(x).unflatten(-1, (self.num_q_heads, self.head_dim))
         keys = self.proj_k(x).unflatten(-1, (-1, self.num_kv_heads, self.head_dim)).unbind(1)
         values = self.proj_v(x).unflatten(-1, (-1, self.num_kv_heads, self.v_head_dim)).unbind(1)
-
-        def remember(name: str, rows: Tensor, before: list[int], new: list[int]) -> Tensor:
-            if cache is None:
-                return rows
-            return cache.append(name, rows, before, new)
-
-        def starts(name: str) -> Tensor | None:
-            return None if cache is None else cache.starts(name)
-
-        # compressed keys, which are turned as if they stood where their blocks begin
-        k_cmp, made = self._compress("key", keys[0], ends, counts, cache)
-        v_cmp, _ = self._compress("value", values[0], ends, counts, cache)
-        k_cmp = self.rope(k_cmp, self.kernel_stride * _positions(past_cmp, made).to(x.device))
-        k_cmp, v_cmp = remember("k_cmp", k_cmp, past_cmp, made), remember("v_cmp", v_cmp, past_cmp, made)
-        tokens, ends_cmp = _ends(past, counts), _ends(past_cmp, made)
-        sizes: dict[str, Any] = {
-            "kernel_size": self.kernel_size,
-            "kernel_stride": self.kernel_stride,
-            "cu_seqlens_k": tokens,
-            "cmp_starts": starts("k_cmp"),
-        }
-        compressed, lse = compressed_attention(q, k_cmp, v_cmp, ends, ends_cmp, **sizes)
-
-        # the two branches that read tokens
-        names = ("slc", "win") if self.separate_kv else ("tok",)
-        pairs: list[tuple[Tensor, Tensor, dict[str, Any]]] = [
-            (
-                remember(f"k_{name}", self.rope(k, positions), past, counts),
-                remember(f"v_{name}", v, past, counts),
-                {"cu_seqlens_k": tokens, "k_starts": starts(f"k_{name}")},
-            )
-            for name, k, v in zip(names, keys[-len(names) :], values[-len(names) :], strict=True)
-        ]
-        longest = max((a + n for a, n in zip(past, counts, strict=True)), default=0)
-        dense = longest <= self.topk * self.block_size
-        k, v, where = pairs[0]
-        if dense:
-            selected = sliding_window_attention(q, k, v, ends, window=max(1, longest), **where)
-        else:
-            index = select_blocks(
-                q,
-                k_cmp,
-                lse,
-                ends,
-                ends_cmp,
-                block_size=self.block_size,
-                topk=self.topk,
-                init_blocks=self.init_blocks,
-                local_blocks=self.local_blocks,
-                **sizes,
-            )
-            selected = selected_attention(q, k, v, index, ends, block_size=self.block_size, **where)
-        k, v, where = pairs[-1]
-        windowed = sliding_window_attention(q, k, v, ends, window=self.window_size, **where)
-
-        if cache is not None:
-            cache.advance(counts, made)
-        self.report = SparseAttentionReport(
-            queries=x.shape[0],
-            longest=longest,
-            selection="dense" if dense else "blocks",
-            keys_read=max((a + n for a, n in zip(past_cmp, made, strict=True)), default=0)
-            + min(longest, self.topk * self.block_size)
-            + min(longest, self.window_size),
-        )
-        gates = self.gate(x).unflatten(-1, (3, -1)).unsqueeze(-1)  # [T, 3, Hq or 1, 1]
-        mixed = gates[:, 0] * compressed + gates[:, 1] * selected + gates[:, 2] * windowed
-        return self.proj_o(mixed.flatten(1))  # type: ignore[no-any-return]
-
-    def _compress(
-        self, which: str, x: Tensor, ends: Tensor, counts: list[int], cache: SparseKVCache | None
-    ) -> tuple[Tensor, list[int]]:
-        """Compressed rows that the tokens complete, packed, and how many each sequence gets."""
-        weight = self.compress_key if which == "key" else self.compress_value
-        position = self.intra_block_pe if which == "key" else None
-
-        def run(raw: Tensor, raw_ends: Tensor) -> tuple[Tensor, Tensor]:
-            sizes = {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
-            if isinstance(weight, nn.Module):
-                windows, window_ends = blocks_of_tokens(raw, raw_ends, **sizes)
-                return weight(windows), window_ends
-            return compress(raw, weight, position, raw_ends, **sizes)
-
-        if cache is not None:
-            return cache.compress(which, x, counts, self.kernel_stride, run)
-        y, y_ends = run(x, ends)
-        return y, y_ends.diff().tolist()
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.hidden_size}, {self.num_q_heads}, {self.num_kv_heads}, {self.head_dim}, "
-            f"kernel_size={self.kernel_size}, kernel_stride={self.kernel_stride}, "
-            f"block_size={self.block_size}, topk={self.topk}, window_size={self.window_size}, "
-            f"gate={self.gate_kind}, separate_kv={self.separate_kv}, compression={self.compression}"
-        )
+        return self.proj_o(self.mix(x, q, keys, values, ends, cache).flatten(1))  # type: ignore[no-any-return]
 
 
 def _positions(past: list[int], counts: list[int]) -> Tensor:
