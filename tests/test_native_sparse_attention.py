@@ -208,8 +208,19 @@ def test_cache_is_of_other_sequences():
     module(torch.randn(2, 5, 32), cache=cache)
     with pytest.raises(ValueError, match=r"^cache must be of 1 sequences, got one of 2$"):
         module(torch.randn(5, 32), cache=cache)
-    with pytest.raises(ValueError, match=r"^cache must be None where gradients are wanted, got a Sparse"):
-        make()(torch.randn(5, 32, requires_grad=True), cache=SparseKVCache())
+
+
+def test_gradients_and_a_cache():
+    """Of what is put into an empty cache; what it keeps has none."""
+    module, cache = make(), SparseKVCache()
+    x = torch.randn(90, 32)
+    want = torch.autograd.grad(module(x).cos().sum(), module.proj_k.weight)[0]
+    got = torch.autograd.grad(module(x, cache=cache).cos().sum(), module.proj_k.weight)[0]
+    assert torch.equal(got, want)
+    with pytest.raises(
+        ValueError, match=r"^cache must be empty where gradients are wanted, got one that hol"
+    ):
+        module(x, cache=cache)
 
 
 # ---- checkpoints

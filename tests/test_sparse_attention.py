@@ -520,6 +520,11 @@ def test_of_equal_scores_the_lower_block_wins(backend):
     # the first and the last block are overlapped by fewer compressed keys
     assert got[0, 319].tolist() == [1, 2, 3]
     assert got[0, 160].tolist() == [1, 2, 3]
+    # better ones that come later drive out the highest of the equal ones
+    case.q.fill_(1.0)
+    case.k[9 * BLOCK : 10 * BLOCK] = 1.0  # compressed keys that reach into blocks 8 and 10 too
+    got = check_selection(case, init_blocks=0, local_blocks=0, topk=5)
+    assert got[0, 319].tolist() == [1, 2, 8, 9, 10]
 
 
 def test_when_all_sizes_are_one_block_scores_are_probabilities():

@@ -34,11 +34,16 @@ ATTENTION_NAME = "palmette"
 
 
 def register() -> None:
-    """Register ``attn_implementation="palmette"`` (attention and mask); may be called repeatedly.
+    """Register ``attn_implementation="palmette"`` and ``"palmette_nsa"``; may be called repeatedly.
 
     Then ``AutoModelForCausalLM.from_pretrained(..., attn_implementation="palmette")`` or
-    ``model.set_attn_implementation("palmette")``.
+    ``model.set_attn_implementation("palmette")``. ``"palmette_nsa"`` gives a Llama- or Qwen-like model native
+    sparse attention (its own cache in ``generate``, its sizes in ``config.palmette_nsa``), when it is made or
+    loaded with that name; a model that exists is changed by ``palmette.nn.convert_to_nsa``.
     """
+    from . import sparse_transformers
+
+    sparse_transformers.register()
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_mask)
 

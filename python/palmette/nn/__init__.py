@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in modules."""
 
+from palmette.nn.convert import convert_to_nsa
 from palmette.nn.rotary import RotaryEmbedding
 from palmette.nn.sparse_attention import NativeSparseAttention, SparseAttentionReport, SparseBranches
 from palmette.nn.sparse_cache import SparseKVCache
@@ -11,4 +12,5 @@ __all__ = [
     "SparseAttentionReport",
     "SparseBranches",
     "SparseKVCache",
+    "convert_to_nsa",
 ]

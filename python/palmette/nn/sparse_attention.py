@@ -146,17 +146,18 @@ class SparseBranches(nn.Module):
         """Compression starts near the mean of a block; the gates as ``nn.Linear`` does."""
         self.gate[0].reset_parameters()  # type: ignore[operator]
         for weight in (self.compress_key, self.compress_value):
-            if not isinstance(weight, nn.Parameter):
-                continue
+            if not isinstance(weight, nn.Parameter) or getattr(weight, "_is_hf_initialized", False):
+                continue  # there is none, or transformers has loaded it
             with torch.no_grad():
                 if weight.dim() == 2:
                     weight.fill_(1.0 / self.kernel_size)
                 else:
                     width = weight.shape[2]
-                    mean = torch.eye(width, dtype=weight.dtype).repeat(self.kernel_size, 1) / self.kernel_size
+                    eye = torch.eye(width, dtype=weight.dtype, device=weight.device)
+                    mean = eye.repeat(self.kernel_size, 1) / self.kernel_size
                     noise = 0.1 / (self.kernel_size * width) ** 0.5
                     weight.copy_(mean + noise * torch.randn_like(weight))
-        if self.intra_block_pe is not None:
+        if self.intra_block_pe is not None and not getattr(self.intra_block_pe, "_is_hf_initialized", False):
             nn.init.normal_(self.intra_block_pe, std=0.02)
 
     def mix(
@@ -189,16 +190,21 @@ class SparseBranches(nn.Module):
         if cache is not None:
             cache.begin(len(counts))
             past, past_cmp = cache.lengths.tolist(), cache.num_compressed.tolist()
+        goes_on = any(past)
+        if goes_on and torch.is_grad_enabled() and q.requires_grad:
+            raise ValueError("cache must be empty where gradients are wanted, got one that holds tokens")
         positions = _positions(past, counts).to(x.device)
         q = self.rope(q, positions)
 
         def remember(name: str, rows: Tensor, before: list[int], new: list[int]) -> Tensor:
+            """All rows so far; the cache keeps copies, so that the first ones can have gradients."""
             if cache is None:
                 return rows
-            return cache.append(name, rows, before, new)
+            every = cache.append(name, rows, before, new)
+            return every if goes_on else rows
 
         def starts(name: str) -> Tensor | None:
-            return None if cache is None else cache.starts(name)
+            return cache.starts(name) if cache is not None and goes_on else None
 
         # compressed keys, which are turned as if they stood where their blocks begin
         k_cmp, made = self._compress("key", keys[0], cu_seqlens, counts, cache)
@@ -383,7 +389,8 @@ class NativeSparseAttention(SparseBranches):
         Args:
             x: [T, hidden_size], packed sequences; or [B, N, hidden_size].
             cu_seqlens: [B + 1], where packed sequences begin. Default: one sequence, or those of a batch.
-            cache: what came before, to go on from; is brought up to date. Not with gradients. Default: none.
+            cache: what came before, to go on from; is brought up to date. Gradients only while it is empty,
+                and not to what it keeps. Default: none.
 
         Returns:
             As x.
@@ -406,8 +413,6 @@ class NativeSparseAttention(SparseBranches):
         return self._forward(x, cu_seqlens.cpu(), cache)
 
     def _forward(self, x: Tensor, ends: Tensor, cache: SparseKVCache | None) -> Tensor:
-        if cache is not None and torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("cache must be None where gradients are wanted, got a SparseKVCache")
         q = self.proj_q(x).unflatten(-1, (self.num_q_heads, self.head_dim))
         keys = self.proj_k(x).unflatten(-1, (-1, self.num_kv_heads, self.head_dim)).unbind(1)
         values = self.proj_v(x).unflatten(-1, (-1, self.num_kv_heads, self.v_head_dim)).unbind(1)

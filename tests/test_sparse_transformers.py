@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attn_implementation="palmette_nsa" and convert_to_nsa: training, generation, saving."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from palmette.integrations.sparse_transformers import SparseAttention
+from palmette.integrations.transformers import register
+from palmette.nn import convert_to_nsa
+from tiny_models import VOCAB, random_tokens, tiny_llama, tiny_qwen
+
+SMALL = {
+    "kernel_size": 4,
+    "kernel_stride": 2,
+    "block_size": 4,
+    "topk": 3,
+    "init_blocks": 1,
+    "local_blocks": 1,
+    "window_size": 6,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    register()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(num_threads):
+    num_threads(1)
+
+
+def sparse(make=tiny_llama, **options):
+    return convert_to_nsa(make(), **(SMALL | options))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen])
+def test_layers_are_sparse_and_keep_their_projections(make):
+    dense = make()
+    kept = {name: p.clone() for name, p in dense.named_parameters()}
+    model = convert_to_nsa(dense, **SMALL)
+    assert model is dense
+    for layer in model.model.layers:
+        assert isinstance(layer.self_attn, SparseAttention)
+    after = dict(model.named_parameters())
+    assert kept.keys() < after.keys()
+    assert all(torch.equal(after[name], p) for name, p in kept.items())
+    ids = torch.tensor([random_tokens(40)])
+    model(ids)
+    report = model.model.layers[0].self_attn.report
+    assert (report.longest, report.selection) == (40, "blocks")
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen])
+@torch.no_grad()
+def test_generating_with_the_cache_equals_computing_anew(make):
+    """A padded batch too, whose rows are what each is alone."""
+    model = sparse(make)
+    rows = [random_tokens(n, seed) for seed, n in enumerate((30, 17, 5))]
+    ids = torch.zeros(3, 30, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, 30 - len(row) :], mask[i, 30 - len(row) :] = torch.tensor(row), 1
+    options = {"max_new_tokens": 25, "do_sample": False}
+    got = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(got, model.generate(ids, attention_mask=mask, use_cache=False, **options))
+    for i, row in enumerate(rows):
+        alone = model.generate(
+            torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long), **options
+        )
+        assert torch.equal(got[i, 30:], alone[0, len(row) :])
+
+
+@torch.no_grad()
+def test_beams():
+    model = sparse()
+    ids = torch.tensor([random_tokens(20, 1), random_tokens(20, 2)])
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 12,
+        "num_beams": 3,
+        "do_sample": False,
+    }
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_all_its_parameters_learn():
+    model = sparse().train()
+    ids = torch.tensor([random_tokens(40, seed) for seed in (1, 2)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_a_model_can_be_made_sparse_by_its_configuration():
+    config = tiny_llama().config
+    config.palmette_nsa = SMALL
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="palmette_nsa")
+    assert all(isinstance(layer.self_attn, SparseAttention) for layer in model.model.layers)
+    assert model.model.layers[0].self_attn.block_size == SMALL["block_size"]
+    assert model(torch.tensor([random_tokens(30)])).logits.isfinite().all()
+
+
+def test_it_saves_and_loads(tmp_path):
+    model = sparse(gate="token").eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.compress_key.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="palmette_nsa")
+    assert loaded.config.palmette_nsa == SMALL | {"gate": "token"}
+    ids = torch.tensor([random_tokens(40)])
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_dense_checkpoints_load_and_what_they_lack_is_initialised(tmp_path):
+    dense = tiny_llama()
+    dense.config.palmette_nsa = SMALL
+    dense.save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="palmette_nsa")
+    got = dict(model.named_parameters())
+    assert all(torch.equal(got[name], p) for name, p in dense.named_parameters())
+    weight = got["model.layers.1.self_attn.compress_key"]
+    mean = torch.eye(8).repeat(SMALL["kernel_size"], 1) / SMALL["kernel_size"]
+    assert 0 < (weight - mean).abs().max() < 0.2
+
+
+def test_the_name_alone_converts_nothing():
+    model = tiny_llama()
+    model.set_attn_implementation("palmette_nsa")
+    message = r"^attn_implementation must be palmette_nsa when a model is made .* got a LlamaAttention"
+    with pytest.raises(ValueError, match=message):
+        model(torch.tensor([[1, 2, 3]]))
+
+
+def test_bad_models():
+    with pytest.raises(ValueError, match=r"^model must have layers with self_attn .* got Linear$"):
+        convert_to_nsa(torch.nn.Linear(2, 2))
+    model = sparse()
+    with pytest.raises(ValueError, match=r"^model must have dense attention, got one that is converted$"):
+        convert_to_nsa(model)
+    with pytest.raises(ValueError, match=r"^separate_kv, v_head_dim and rope must be left as they are"):
+        sparse(separate_kv=True)
+    with pytest.raises(ValueError, match=r"^topk must be at least init_blocks \+ local_blocks = 2, got 1$"):
+        sparse(topk=1)
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match=r"^attention_mask must be \[batch, tokens\] with palmette_nsa"):
+        model(ids, attention_mask=torch.zeros(1, 1, 3, 3))
+    assert model.config.vocab_size == VOCAB
