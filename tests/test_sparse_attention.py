@@ -477,7 +477,9 @@ def check_selection(case: Case, **options) -> Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_select_blocks(backend, tokens, queries, dtype):
-    check_selection(make(tokens, queries, dtype=dtype))
+    case = make(tokens, queries, dtype=dtype)
+    check_selection(case)
+    check_selection(case, init_blocks=0, local_blocks=0)  # what is close decides for itself
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 8, 20])
