@@ -14,6 +14,7 @@ import torch
 from palmette import testing
 from palmette.reference import sparse_attention as reference
 from palmette.sparse_attention import (
+    _plan_selection,
     compress,
     compressed_attention,
     select_blocks,
@@ -320,6 +321,50 @@ def test_bad_blocks(change, message):
     change(index)
     with pytest.raises(ValueError, match=message):
         selected_attention(case.q, case.k, case.v, index, case.cu_seqlens, block_size=BLOCK)
+
+
+def test_tables_grow_with_the_blocks_that_are_chosen():
+    """Public code needs N^2 / block_size entries, and for one block that all queries choose N of each."""
+
+    def table_bytes(tokens: int, index: Tensor) -> int:
+        case = make([tokens], q_heads=2, kv_heads=1, head_dim=8)
+        plan = _plan_selection(case.q, case.k, index, case.cu_seqlens, case.cu_seqlens, None, 64)
+        return sum(table.nbytes for table in plan)
+
+    def last_blocks(tokens: int) -> Tensor:
+        """The 16 up to a query's own; -1 on the right."""
+        own = torch.arange(tokens)[:, None] // 64
+        blocks = (own - 15).clamp(min=0) + torch.arange(16)
+        return torch.where(blocks <= own, blocks, -1).int()[None]
+
+    sizes = []
+    for tokens in (8192, 16384, 32768):
+        sizes.append(table_bytes(tokens, last_blocks(tokens)))
+    assert sizes[1] < 2.1 * sizes[0]
+    assert sizes[2] < 2.1 * sizes[1]
+    assert sizes[2] < 2 * 32768 * 16 * 4  # the list of who chose what is half of it
+    everyone = torch.zeros(1, 32768, 1, dtype=torch.int32)
+    assert table_bytes(32768, everyone) < 32768 * 64
+
+
+AMD = {"warp_size": 64, "shared_limit": 64 << 10}
+
+
+@pytest.mark.skipif("emulated_check" not in testing.backends(), reason="the check build is not there")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_waves_of_64_lanes(dtype):
+    """As some AMD GPUs have; no tensor cores, and little shared memory."""
+    case = make([130, 40], q_heads=6, dtype=dtype)
+    index = random_blocks(case, 4)
+    with testing.backend("emulated_check"), testing.emulator(**AMD):
+        check_selected(case, index)
+        check_selection(case, init_blocks=0, local_blocks=0)
+        douts = torch.randn(*case.q.shape), torch.randn(case.q.shape[:2])
+        got = gradients(case, selected(index), *douts)
+    want = gradients(case.to(torch.float64), lambda c: expected_selected(c, index), *douts)
+    base = gradients(case, lambda c: expected_selected(c, index), *douts)
+    for name, a, b, c in zip(("dq", "dk", "dv"), got, want, base, strict=True):
+        testing.assert_accurate(a, b, c, factor=3.0, atol=1e-5 if dtype == torch.float32 else 2e-2, name=name)
 
 
 # ---- compression
