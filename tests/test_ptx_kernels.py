@@ -15,6 +15,7 @@ from pathlib import Path
 import palmette
 import ptx
 import pytest
+import test_sparse_attention as sparse
 import torch
 from palmette import testing
 from palmette.reference import merge as merge_reference
@@ -39,6 +40,7 @@ SOURCES = {
     "attend_dkv": "attend/kernel_dkv_gpu.cu",
     "merge_states": "merge/kernel_gpu.cu",
     "merge_states_backward": "merge/kernel_gpu.cu",
+    "select_blocks": "sparse/kernel_gpu.cu",
 }
 BACKWARD = ["attend_delta", "attend_dq", "attend_dkv"]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -80,6 +82,7 @@ def kernels(dtype: torch.dtype, head_dim: int = 0, v_head_dim: int | None = None
         "attend_dkv": f"attend_dkv_kernelI{math}Li{64 if narrow or dtype == FP32 else 128}E",
         "merge_states": f"merge_states_kernelI{element}Li{width}E",
         "merge_states_backward": f"merge_states_backward_kernelI{element}E",
+        "select_blocks": f"select_blocks_kernelI{math}E",
     }
     return lambda launch: (machine_of(SOURCES[launch.name]), names[launch.name])
 
@@ -96,6 +99,8 @@ def look_at(done: list[Replayed], dtype: torch.dtype) -> None:
 
 def numbers(name: str, data: bytes, dtype: torch.dtype) -> torch.Tensor:
     """What a tensor holds that a kernel writes."""
+    if name == "block_index":
+        return torch.frombuffer(bytearray(data), dtype=torch.int32).double()
     of_element = name in ("out", "dq", "dk", "dv", "douts", "dout_a", "dout_b")
     return torch.frombuffer(bytearray(data), dtype=dtype if of_element else FP32).double()
 
@@ -490,3 +495,31 @@ def test_no_defect_in_the_reductions_escapes():
     with testing.backend("emulated"), testing.recorded_launches() as launches:
         palmette.merge_states(outs, lses)
     assert defects(launches[0], kernels(BF16), shuffles, most=99)
+
+
+# ---- select_blocks
+
+
+def selection_case(dtype: torch.dtype, tokens: list[int], queries: list[int]):
+    case = sparse.make(tokens, queries, q_heads=6, head_dim=32, dtype=dtype)
+    k_cmp, v_cmp, ends = sparse.compressed(case)
+    _, lse = sparse.run_compressed(case, k_cmp, v_cmp, ends)
+    return lambda: sparse.run_selection(case, k_cmp, lse, ends, init_blocks=0, local_blocks=1)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_select_blocks(dtype):
+    """More than one tile of keys, sequences that go on, blocks that are chosen without a look."""
+    run = selection_case(dtype, [300, 9, 150], [20, 9, 2])
+    with replays(kernels(dtype)) as done:
+        run()
+    assert [one.launch.name for one in done] == ["select_blocks"]
+    look_at(done, dtype)
+
+
+def test_no_defect_in_select_blocks_escapes():
+    with testing.backend("emulated"), testing.recorded_launches() as launches:
+        selection_case(BF16, [300], [20])()
+    # the copies of Q, committed or not, are waited for with those of the first tile
+    seen = defects(launches[-1], kernels(BF16), ptx.MUTATIONS, most=4, equivalent=1)
+    assert seen >= {name for name in OF_MATRICES if not name.startswith("cvt") and "trans" not in name}
