@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import palmette
@@ -340,6 +341,16 @@ def test_tables_of_a_device_are_those_of_the_host():
             for i, (got, want) in enumerate(zip(plan.tensors, host, strict=True)):
                 assert got.shape == want.shape
                 assert torch.equal(got[:used], want[:used]) if i == 0 else torch.equal(got, want)
+
+
+def test_tables_of_a_device_survive_pickling():
+    tables = DeviceTables(torch.device("cpu"))
+    tables.fill([torch.arange(5, dtype=torch.int32), torch.arange(40, dtype=torch.int32).view(10, 4)])
+    loaded = pickle.loads(pickle.dumps(tables))
+    before = loaded.tables
+    loaded.fill([torch.full_like(t, 7) for t in tables.tables])
+    assert all((a == 7).all() for a in before)
+    assert all(a is b for a, b in zip(loaded.tables, before, strict=True))
 
 
 def test_shared_slots_have_no_gradients_on_a_gpu():

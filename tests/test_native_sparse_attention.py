@@ -223,6 +223,15 @@ def test_gradients_and_a_cache():
         module(x, cache=cache)
 
 
+def test_scale():
+    module, other = make(), make(scale=0.7)
+    x = torch.randn(150, 32)
+    with torch.no_grad():
+        assert not torch.allclose(module(x), other(x))
+        other.proj_q.weight.mul_(0.25 / 0.7)
+        torch.testing.assert_close(module(x), other(x), rtol=1e-4, atol=1e-5)
+
+
 # ---- checkpoints
 
 

@@ -93,6 +93,23 @@ def test_a_callback_cannot_run_operators():
         palmette.merge_states(outs, lses)
 
 
+def test_a_callback_cannot_change_the_emulators():
+    """Others may wait for its operator, and hold what it would wait for."""
+    outs, lses = torch.randn(5, 2, 3, 8), torch.randn(5, 2, 3)
+
+    def before(_):
+        with testing.emulator(seed=3):
+            pass
+
+    message = r"^a callback of recorded_launches\(\) cannot change the emulators$"
+    with (
+        testing.backend("emulated"),
+        pytest.raises(RuntimeError, match=message),
+        testing.recorded_launches(before=before),
+    ):
+        palmette.merge_states(outs, lses)
+
+
 def test_settings_are_what_they_were():
     outs, lses = torch.randn(5, 2, 3, 8), torch.randn(5, 2, 3)
     with testing.emulator(order="reverse", count_requests=True):

@@ -608,7 +608,7 @@ def test_selection_where_heads_do_not_fit(name, dtype):
                 assert torch.equal(run_selection(case, k_cmp, lse, ends), want)
         with (
             testing.emulator(shared_limit=8 << 10),
-            pytest.raises(ValueError, match=r"^topk and head_dim must be such that a block fits the GPU's"),
+            pytest.raises(ValueError, match=r"^topk, head_dim and kernel_size must be such that a"),
         ):
             run_selection(case, k_cmp, lse, ends)
         for order in ({"order": "reverse"}, {"order": "random", "seed": 3}):
@@ -753,6 +753,61 @@ INDEX = torch.tensor([0, 1, -1], dtype=torch.int32).repeat(2, 40, 1)
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call(CASE)
+
+
+def test_absurd_sizes():
+    """What would overflow is refused before any kernel runs."""
+    q, k_cmp, lse = torch.zeros(1, 2, 16), torch.zeros(2048, 1, 16), torch.zeros(1, 2)
+    size = {"kernel_size": 1 << 20, "kernel_stride": 1 << 20, "block_size": 1 << 20, "topk": 16}
+    lengths = indptr([1]), indptr([2048])
+    with pytest.raises(ValueError, match=r"^cu_seqlens_k must be 0 at its begin, got -2147483648$"):
+        select_blocks(q, k_cmp, lse, *lengths, cu_seqlens_k=torch.tensor([-(2**31), 100]), **size)
+
+
+@pytest.mark.parametrize("name", [n for n in testing.EMULATORS if n in testing.backends()])
+@pytest.mark.parametrize("options", [{"topk": 1 << 26}, {"kernel_size": 1 << 26, "kernel_stride": 1}])
+def test_what_no_shared_memory_holds(name, options):
+    case = make([200], [1], q_heads=1, kv_heads=1)
+    sizes = {"kernel_size": 2, "kernel_stride": 2, "block_size": 2, "topk": 4} | options
+    k_cmp, ends = compress(
+        case.k,
+        None,
+        None,
+        case.cu_seqlens_k,
+        kernel_size=sizes["kernel_size"],
+        kernel_stride=sizes["kernel_stride"],
+    )
+    with testing.backend(name), pytest.raises(ValueError, match=r"^topk, head_dim and kernel_size must be"):
+        select_blocks(
+            case.q, k_cmp, torch.zeros(1, 1), case.cu_seqlens, ends, cu_seqlens_k=case.cu_seqlens_k, **sizes
+        )
+
+
+def test_sequences_may_share_rows(backend):
+    """As in a cache whose prompt is stored once."""
+    case = make([100], [2])
+    index = random_blocks(case, 4)
+    both = selected_attention(
+        case.q,
+        case.k,
+        case.v,
+        index,
+        indptr([1, 1]),
+        block_size=BLOCK,
+        cu_seqlens_k=indptr([100, 100]),
+        k_starts=torch.tensor([0, 0]),
+    )
+    for i in range(2):
+        alone = selected_attention(
+            case.q[i : i + 1],
+            case.k,
+            case.v,
+            index[:, i : i + 1].contiguous(),
+            indptr([1]),
+            block_size=BLOCK,
+            cu_seqlens_k=indptr([100]),
+        )
+        assert torch.equal(both[i : i + 1], alone)
 
 
 # ---- invariants

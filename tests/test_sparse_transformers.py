@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -141,6 +143,36 @@ def test_the_name_alone_converts_nothing():
     message = r"^attn_implementation must be palmette_nsa when a model is made .* got a LlamaAttention"
     with pytest.raises(ValueError, match=message):
         model(torch.tensor([[1, 2, 3]]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_embeddings_that_look_at_the_largest_position(rope_type):
+    rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 10000.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 128}
+    model = sparse(lambda: tiny_llama(rope_parameters=rope))
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()  # too short for a compressed key
+    ids = torch.tensor([random_tokens(20)])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_models_can_be_pickled():
+    model = sparse()
+    ids = torch.tensor([random_tokens(20)])
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)
+
+
+def test_the_scale_is_the_model_s():
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.5
+    convert_to_nsa(model, **SMALL)
+    assert all(layer.self_attn.scale == 0.5 for layer in model.model.layers)
+    with pytest.raises(ValueError, match=r"^sliding_window of the model's layers must be None, got 5$"):
+        convert_to_nsa(tiny_qwen(sliding_window=5), **SMALL)
 
 
 def test_bad_models():

@@ -171,7 +171,8 @@ struct QueryGradient {
 #pragma unroll 1
     for (int32_t t = 0; t < p.plan.counts[kNumTasks]; ++t) {
       const PlanTask& task = p.plan.task[t];
-      if (task.kv_head < 0 || task.kv_head == kv_head)
+      const bool mine = seen.query >= task.query_begin && seen.query < task.query_end;
+      if (mine && (task.kv_head < 0 || task.kv_head == kv_head))
         for_each_key_by_lanes(p.plan, task.item_begin, task.item_end, seen, a.logits.window, meet);
     }
 #pragma unroll

@@ -134,6 +134,7 @@ PlanTensors plan_selection(const Tensor& block_index, const Tensor& q_indptr, co
   check(tile_queries > 0 && tile_queries <= INT_MAX, "tile_queries must be at least 1, got ", tile_queries);
   check(block_index.numel() <= INT_MAX, "block_index must have at most ", INT_MAX, " entries, got ",
         block_index.numel());
+  check(num_keys <= INT_MAX, "k must be of less than 2^31 rows, got ", num_keys);
   const int64_t num_queries = block_index.size(1);
   const IntArray q = check_indptr(q_indptr, "cu_seqlens", num_queries, "rows of q"),
                  kv = check_indptr(kv_indptr, "cu_seqlens_k", key_start.has_value() ? -1 : num_keys,

@@ -175,20 +175,22 @@ PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool ca
   check(head_dim > 0, "head_dim must be at least 1, got ", head_dim);
   check(key_size > 0 && key_size <= INT_MAX, "key_size must be at least 1, got ", key_size);
   check(key_stride > 0 && key_stride <= INT_MAX, "key_stride must be at least 1, got ", key_stride);
+  check(num_keys <= INT_MAX, "k must be of less than 2^31 rows, got ", num_keys);
   check(window >= 0, "window must be at least 0 (0: none), got ", window);
   const IntArray queries = check_indptr(q_indptr, "q_indptr", num_queries, "rows of q"),
                  keys =
                      check_indptr(kv_indptr, "kv_indptr", key_start.has_value() ? -1 : num_keys, "rows of k");
-  VarlenRequest request{queries,
-                        keys,
-                        token_indptr.has_value() ? int_array(*token_indptr, "token_indptr") : keys,
-                        key_starts(key_start, "key_start", keys, num_keys),
-                        causal,
-                        static_cast<int32_t>(key_size),
-                        static_cast<int32_t>(key_stride),
-                        static_cast<int32_t>(std::min<int64_t>(window, INT_MAX)),
-                        {num_q_heads, num_kv_heads, head_dim},
-                        target_of(target)};
+  VarlenRequest request{
+      queries,
+      keys,
+      token_indptr.has_value() ? check_indptr(*token_indptr, "token_indptr", -1, "tokens") : keys,
+      key_starts(key_start, "key_start", keys, num_keys),
+      causal,
+      static_cast<int32_t>(key_size),
+      static_cast<int32_t>(key_stride),
+      static_cast<int32_t>(std::min<int64_t>(window, INT_MAX)),
+      {num_q_heads, num_kv_heads, head_dim},
+      target_of(target)};
   check(request.q_indptr.size == request.kv_indptr.size, "kv_indptr must be [", request.q_indptr.size,
         "] like q_indptr, got [", request.kv_indptr.size, "]");
   check(request.q_indptr.size == request.token_indptr.size, "token_indptr must be [", request.q_indptr.size,

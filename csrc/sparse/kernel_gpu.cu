@@ -251,20 +251,20 @@ void launch_selection(const SelectParams& p, const LaunchContext& context) {
   a.swizzle = swizzle_of<E>(p.head_dim);
   a.group = p.num_q_heads / p.num_kv_heads;
   a.scale = static_cast<float>(p.scale * 1.4426950408889634);
-  a.ring = (kTileKeys<E> + p.key_strides) / p.block_strides + 2;
-  const int row_bytes = a.swizzle.chunks * kChunkBytes, floats = static_cast<int>(sizeof(float));
+  const int64_t ring = (int64_t{kTileKeys<E>} + p.key_strides) / p.block_strides + 2;
+  const int64_t row_bytes = int64_t{a.swizzle.chunks} * kChunkBytes, floats = sizeof(float);
   size_t bytes = 0;
   for (a.heads_at_once = a.group; a.heads_at_once > 0; a.heads_at_once = a.heads_at_once / 2) {
-    int end = 0;
-    const auto take = [&](int size) {
-      const int begin = end;
+    int64_t end = 0;
+    const auto take = [&](int64_t size) {
+      const int64_t begin = end;
       end += (size + 1023) / 1024 * 1024;
-      return begin;
+      return static_cast<int>(begin);
     };
     a.q_offset = take(a.heads_at_once * kRows * row_bytes);
     a.k_offset = take(kTileKeys<E> * row_bytes);
     a.weight_offset = take(kTileKeys<E> * (kRows + 1) * floats);
-    a.score_offset = take(a.ring * kRows * floats);
+    a.score_offset = take(ring * kRows * floats);
     a.best_offset = take(p.topk * kRows * floats);
     a.chosen_offset = take(p.topk * kRows * floats);
     a.lse_offset = take(a.group * kRows * floats);
@@ -272,9 +272,12 @@ void launch_selection(const SelectParams& p, const LaunchContext& context) {
     if (bytes <= shared_limit()) break;
   }
   if (a.heads_at_once == 0)
-    throw std::runtime_error("topk and head_dim must be such that a block fits the GPU's " +
+    throw std::runtime_error("topk, head_dim and kernel_size must be such that a block fits the GPU's " +
                              std::to_string(shared_limit()) + " bytes of shared memory, got " +
-                             std::to_string(p.topk) + " and " + std::to_string(p.head_dim));
+                             std::to_string(p.topk) + ", " + std::to_string(p.head_dim) + " and " +
+                             std::to_string(int64_t{p.key_strides} * p.stride) + ", which need " +
+                             std::to_string(bytes));
+  a.ring = static_cast<int>(ring);
   const auto blocks = static_cast<unsigned>(int64_t{p.num_tiles} * (kSelectQueries / kRows) * p.num_kv_heads);
   if (blocks > 0)
     launch("select_blocks", &select_blocks_kernel<Math>, dim3(blocks), dim3(kThreads), bytes, context, a);

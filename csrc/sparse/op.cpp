@@ -74,17 +74,14 @@ Tensor select_blocks_op(const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
   require(topk <= INT_MAX && topk >= std::max<int64_t>(1, init_blocks + local_blocks), "topk",
           text("at least 1 and init_blocks + local_blocks = ", init_blocks + local_blocks), topk);
   require(std::isfinite(scale), "scale", "finite", scale);
+  require(k_cmp.size(0) <= INT_MAX, "k_cmp", "of less than 2^31 rows", k_cmp.size(0));
 
   const IntArray queries = check_indptr(q_indptr, "cu_seqlens", q.size(0), "rows of q"),
                  keys = check_indptr(cmp_indptr, "cu_seqlens_cmp", key_start.has_value() ? -1 : k_cmp.size(0),
                                      "rows of k_cmp"),
-                 tokens = int_array(token_indptr, "cu_seqlens_k");
+                 tokens = check_indptr(token_indptr, "cu_seqlens_k", -1, "tokens");
   check(queries.size == keys.size && queries.size == tokens.size, "cu_seqlens_cmp and cu_seqlens_k must be [",
         queries.size, "] like cu_seqlens, got [", keys.size, "] and [", tokens.size, "]");
-  for (int64_t b = 0; b + 1 < tokens.size; ++b) {
-    check(tokens[b] <= tokens[b + 1] && tokens[b + 1] <= INT_MAX,
-          "cu_seqlens_k must be non-decreasing and below 2^31, got ", tokens[b + 1], " after ", tokens[b]);
-  }
   check_key_counts(keys, tokens, kernel_size, kernel_stride);
   const std::vector<SelectTile> tiles =
       make_tiles(queries, keys, key_starts(key_start, "key_start", keys, k_cmp.size(0)), tokens);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,20 @@ class DeviceTables:
         self.tables: tuple[Tensor, ...] = ()
         self._block = torch.empty(0, dtype=torch.int32, device=device)
 
+    def __getstate__(self) -> dict[str, Any]:  # unpickled views would be copies
+        return {"device": self.device, "block": self._block, "shapes": [t.shape for t in self.tables]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.device, self._block = state["device"], state["block"]
+        self._cut(state["shapes"])
+
+    def _cut(self, shapes: Sequence[torch.Size]) -> None:
+        begins, _ = _places([shape.numel() for shape in shapes])
+        self.tables = tuple(
+            self._block[begin : begin + shape.numel()].view(shape)
+            for shape, begin in zip(shapes, begins, strict=True)
+        )
+
     def has_shapes_of(self, tables: Sequence[Tensor]) -> bool:
         """Will ``fill`` use the memory that is there?"""
         return [table.shape for table in tables] == [table.shape for table in self.tables]
@@ -46,18 +61,21 @@ class DeviceTables:
             used: how many elements of each matter, from the first on. Default: all of them.
         """
         counts = [table.numel() for table in tables] if used is None else used
-        begins, end = [], 0
-        for table in tables:
-            begins.append(end)
-            end += -(-table.numel() // _ALIGNED) * _ALIGNED
+        begins, end = _places([table.numel() for table in tables])
         if not self.has_shapes_of(tables):
             self._block = torch.zeros(end, dtype=torch.int32, device=self.device)
-            self.tables = tuple(
-                self._block[begin : begin + table.numel()].view(table.shape)
-                for table, begin in zip(tables, begins, strict=True)
-            )
+            self._cut([table.shape for table in tables])
         sent = max((begin + count for begin, count in zip(begins, counts, strict=True)), default=0)
         staging = torch.empty(sent, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         for table, begin, count in zip(tables, begins, counts, strict=True):
             staging[begin : begin + count] = table.view(-1)[:count]
         self._block[:sent].copy_(staging, non_blocking=True)
+
+
+def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where tables of so many elements begin in a block, and where the last one ends."""
+    begins, end = [], 0
+    for size in sizes:
+        begins.append(end)
+        end += -(-size // _ALIGNED) * _ALIGNED
+    return begins, end

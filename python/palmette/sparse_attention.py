@@ -63,6 +63,7 @@ def compress(
     _check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride)
     heads, dim = x.shape[1:]
     if position is not None:
+        check_dtype("position", position, [x.dtype])
         check_shape("position", position, "[Hk, kernel_size, D]", [heads, kernel_size, dim])
     if weight is not None:
         check_dtype("weight", weight, [x.dtype])
@@ -393,7 +394,7 @@ def _plan_selection(
     wanted = _ROWS_PER_BLOCK * blocks // max(1, slots * group) if on_cpu else 64 // group
     tile = min(max(wanted, least), most)
     tasks = (num_queries // tile + sequences) * heads
-    items = min(block_index.numel(), tasks * (num_keys // block_size + sequences))
+    items = min(block_index.numel(), tasks * blocks)
     plan: tuple[Tensor, ...] = _library.call(
         _ops.plan_selection.default,
         block_index.detach().cpu().contiguous(),
@@ -402,7 +403,8 @@ def _plan_selection(
         num_keys,
         block_size,
         tile,
-        num_keys // block_size + sequences,
+        # with starts, sequences may share rows
+        blocks * sequences if starts is not None else num_keys // block_size + sequences,
         items,
         tasks,
         starts,

@@ -21,7 +21,8 @@ EMULATORS = ("emulated", "emulated_check")
 _ORDERS = ("forward", "reverse", "random")
 _H100_SHARED = 227 << 10
 _settings = (0, 1, 32, _H100_SHARED, 0)  # of the emulators, as emulator() set them last
-_lock = threading.RLock()  # of _settings and _recordings
+_lock = threading.Lock()  # of _settings and _recordings
+_callback = threading.local()  # .running: this thread is in a callback of recorded_launches()
 
 
 @functools.cache
@@ -160,7 +161,7 @@ def emulator(
 
     def configure(settings: tuple[int, int, int, int, int]) -> tuple[int, int, int, int, int]:
         global _settings
-        with _lock:
+        with _changing():
             for library in _emulators():
                 kind, drawn, lanes, limit, count = settings
                 library.palmette_emulator_configure(
@@ -306,6 +307,7 @@ class _Recording:
     ) -> None:
         self.before, self.then = before, then
         self.launches: list[RecordedLaunch] = []
+        self.started = False  # between before and after a launch
         self.error: BaseException | None = None  # of a callback: nothing may be thrown through the emulator
 
     def see(self, launch: _LaunchRecord, done: bool) -> None:
@@ -313,8 +315,10 @@ class _Recording:
             return
         try:
             if not done:
+                self.started = True
                 self._start(launch)
-            else:
+            elif self.started:  # else the recording has begun within a launch of another thread
+                self.started = False
                 self._finish()
         except BaseException as error:
             self.error = error
@@ -345,15 +349,28 @@ _recordings: list[_Recording] = []
 
 @_Recorder
 def _record(pointer: ctypes._Pointer[_LaunchRecord], done: int) -> None:
-    for recording in tuple(_recordings):
-        recording.see(pointer.contents, bool(done))
+    _callback.running = True
+    try:
+        for recording in tuple(_recordings):
+            recording.see(pointer.contents, bool(done))
+    finally:
+        _callback.running = False
 
 
-def _set_recordings(recordings: list[_Recording]) -> None:
-    with _lock:
-        _recordings[:] = recordings
+def _change_recordings(add: _Recording | None = None, remove: _Recording | None = None) -> None:
+    with _changing():
+        _recordings[:] = [r for r in _recordings if r is not remove] + ([] if add is None else [add])
         for library in _emulators():
             library.palmette_emulator_record(_record if _recordings else None)
+
+
+@contextlib.contextmanager
+def _changing() -> Iterator[None]:
+    """Holds the lock; within a callback, whose operator others wait for, that would be for ever."""
+    if getattr(_callback, "running", False):
+        raise RuntimeError("a callback of recorded_launches() cannot change the emulators")
+    with _lock:
+        yield
 
 
 @contextlib.contextmanager
@@ -379,11 +396,11 @@ def recorded_launches(
             from then on.
     """
     recording = _Recording(before, then)
-    _set_recordings([*_recordings, recording])
+    _change_recordings(add=recording)
     try:
         yield recording.launches
     finally:
-        _set_recordings([r for r in _recordings if r is not recording])
+        _change_recordings(remove=recording)
     if recording.error is not None:
         raise recording.error
 

@@ -83,7 +83,6 @@ bool launching = false;  // under the mutex
 
 LaunchScope::LaunchScope(const gpu::LaunchContext& context) : lock_(mutex()) {
   if (launching) throw std::runtime_error("a recorder of launches cannot run operators on the emulator");
-  launching = true;
   options().workers = context.workers;
   if constexpr (kChecked) {
     forget_buffers();
@@ -92,6 +91,7 @@ LaunchScope::LaunchScope(const gpu::LaunchContext& context) : lock_(mutex()) {
       register_buffer(e.data, e.bytes, e.name, e.writable);
     }
   }
+  launching = true;
 }
 
 LaunchScope::~LaunchScope() { launching = false; }

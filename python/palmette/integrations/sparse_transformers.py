@@ -97,6 +97,7 @@ class SparseAttention(SparseBranches):
             config.num_key_value_heads,
             head_dim,
             rope=self._turn,
+            scale=getattr(attention, "scaling", None),
             **options,
         )
         self.config = config
@@ -109,6 +110,8 @@ class SparseAttention(SparseBranches):
 
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """The model's rotary embedding of x [T, heads, D]."""
+        if x.shape[0] == 0:
+            return x  # some embeddings look at the largest position
         cos, sin = (y[0, :, None] for y in self._rotary[0](x, positions[None].to(x.device)))
         a, b = x.chunk(2, -1)
         turned: Tensor = x * cos + torch.cat([-b, a], -1) * sin
@@ -184,6 +187,12 @@ def convert(model: Any, **options: Any) -> Any:
     for layer in layers:
         if isinstance(layer.self_attn, SparseAttention):
             raise ValueError("model must have dense attention, got one that is converted")
+        for name in ("sliding_window", "attn_logit_softcapping"):
+            if getattr(layer.self_attn, name, None) is not None:
+                raise ValueError(
+                    f"{name} of the model's layers must be None, got {getattr(layer.self_attn, name)}"
+                )
+    for layer in layers:
         weight = layer.self_attn.q_proj.weight
         sparse = SparseAttention(layer.self_attn, rotary, options)
         layer.self_attn = sparse.to(device=weight.device, dtype=weight.dtype).train(layer.training)
@@ -216,23 +225,20 @@ def register() -> None:
 
     def post_init(self: PreTrainedModel) -> None:
         """Attention becomes sparse before weights are initialised, or loaded."""
-        if getattr(self.config, "_attn_implementation", None) == ATTENTION_NAME:
-            if self.base_model is self and hasattr(self, "layers"):
-                convert(self, **(getattr(self.config, "palmette_nsa", None) or {}))
-            _initialise_branches(self)
+        wanted = getattr(self.config, "_attn_implementation", None) == ATTENTION_NAME
+        if wanted and self.base_model is self and hasattr(self, "layers"):
+            convert(self, **(getattr(self.config, "palmette_nsa", None) or {}))
         finish(self)
+
+    initialise: Any = PreTrainedModel._initialize_weights
+
+    def initialize_weights(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """What a checkpoint lacks: transformers knows its own modules only."""
+        known = getattr(module, "_is_hf_initialized", False)
+        initialise(self, module, *args, **kwargs)
+        if isinstance(module, SparseBranches) and not known:
+            module.reset_branches()
 
     post_init.of_palmette = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
-
-
-def _initialise_branches(model: Any) -> None:
-    """transformers initialises what a checkpoint lacks by _init_weights, which knows its own modules only."""
-    initialise = model._init_weights
-
-    def init_weights(module: nn.Module) -> None:
-        initialise(module)
-        if isinstance(module, SparseBranches):
-            module.reset_branches()
-
-    model._init_weights = init_weights
+    PreTrainedModel._initialize_weights = initialize_weights  # type: ignore[method-assign]

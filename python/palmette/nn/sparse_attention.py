@@ -72,6 +72,7 @@ class SparseBranches(nn.Module):
         separate_kv: bool = False,
         compression: str | tuple[nn.Module, nn.Module] = "linear",
         rope: Rope | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         v_dim = head_dim if v_head_dim is None else v_head_dim
@@ -116,6 +117,7 @@ class SparseBranches(nn.Module):
         self.topk, self.init_blocks, self.local_blocks = topk, init_blocks, local_blocks
         self.window_size, self.gate_kind, self.separate_kv = window_size, gate, separate_kv
         self.compression = compression if isinstance(compression, str) else "module"
+        self.scale = scale
         self.report: SparseAttentionReport | None = None
 
         gates = 3 * num_q_heads if gate == "head" else 3
@@ -200,7 +202,8 @@ class SparseBranches(nn.Module):
             """All rows so far; the cache keeps copies, so that the first ones can have gradients."""
             if cache is None:
                 return rows
-            every = cache.append(name, rows, before, new)
+            room = cache.max_length // (self.kernel_stride if name.endswith("_cmp") else 1)
+            every = cache.append(name, rows, before, new, room)
             return every if goes_on else rows
 
         def starts(name: str) -> Tensor | None:
@@ -217,6 +220,7 @@ class SparseBranches(nn.Module):
             "kernel_stride": self.kernel_stride,
             "cu_seqlens_k": tokens,
             "cmp_starts": starts("k_cmp"),
+            "scale": self.scale,
         }
         compressed, lse = compressed_attention(q, k_cmp, v_cmp, cu_seqlens, ends_cmp, **sizes)
 
@@ -226,7 +230,7 @@ class SparseBranches(nn.Module):
             (
                 remember(f"k_{name}", self.rope(k, positions), past, counts),
                 remember(f"v_{name}", v, past, counts),
-                {"cu_seqlens_k": tokens, "k_starts": starts(f"k_{name}")},
+                {"cu_seqlens_k": tokens, "k_starts": starts(f"k_{name}"), "scale": self.scale},
             )
             for name, k, v in zip(names, keys[-len(names) :], values[-len(names) :], strict=True)
         ]
@@ -318,6 +322,7 @@ class NativeSparseAttention(SparseBranches):
         rope: ``rope(x [T, heads, D], positions [T]) -> x``, for q, k, and compressed k, which is rotated as
             at the first token of its block; ``nn.Identity``-like functions are fine. Default:
             ``RotaryEmbedding(head_dim)``.
+        scale: factor of the logits, of all branches. Default: head_dim ** -0.5.
 
     Attributes:
         report: what the last call did (``SparseAttentionReport``), None before the first.
@@ -350,6 +355,7 @@ class NativeSparseAttention(SparseBranches):
         separate_kv: bool = False,
         compression: str | tuple[nn.Module, nn.Module] = "linear",
         rope: Rope | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -368,6 +374,7 @@ class NativeSparseAttention(SparseBranches):
             separate_kv=separate_kv,
             compression=compression,
             rope=rope,
+            scale=scale,
         )
         branches = 3 if separate_kv else 1
         self.proj_q = nn.Linear(hidden_size, num_q_heads * head_dim, bias=False)

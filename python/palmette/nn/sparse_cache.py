@@ -56,11 +56,13 @@ class SparseKVCache:
             raise ValueError(f"cache must be of {num_sequences} sequences, got one of {len(self)}")
 
     def starts(self, name: str) -> Tensor:
-        """Where each sequence's rows begin in what ``append`` returned, int32 [B]."""
-        return torch.arange(len(self), dtype=torch.int32) * self._rows[name].shape[1]
+        """Where each sequence's rows begin in what ``append`` returned, int64 [B]."""
+        return torch.arange(len(self)) * self._rows[name].shape[1]
 
-    def append(self, name: str, x: Tensor, before: list[int], counts: list[int]) -> Tensor:
+    def append(self, name: str, x: Tensor, before: list[int], counts: list[int], room: int = 0) -> Tensor:
         """Puts the rows of packed sequences behind the ``before`` rows that each has; returns all rows.
+
+        room: rows of a sequence to make room for at once.
 
         Returns:
             [B * capacity, Hk, width], the memory of the cache itself.
@@ -70,7 +72,7 @@ class SparseKVCache:
         if rows is None or rows.shape[1] < needed:
             capacity = max(needed + needed // 2, 16)
             if rows is None:
-                capacity = max(needed, self.max_length, 16)
+                capacity = max(needed, room, 16)
             grown = x.new_zeros(len(self), capacity, *x.shape[1:])
             if rows is not None:
                 grown[:, : rows.shape[1]] = rows
