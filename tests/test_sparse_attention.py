@@ -108,17 +108,24 @@ def expected_selected(case: Case, index: Tensor, block_size: int = BLOCK) -> tup
     )
 
 
+def selected(index: Tensor, block_size: int = BLOCK):
+    def run(case: Case):
+        return selected_attention(
+            case.q,
+            case.k,
+            case.v,
+            index,
+            case.cu_seqlens,
+            cu_seqlens_k=case.cu_seqlens_k,
+            block_size=block_size,
+            return_lse=True,
+        )
+
+    return run
+
+
 def check_selected(case: Case, index: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
-    got = selected_attention(
-        case.q,
-        case.k,
-        case.v,
-        index,
-        case.cu_seqlens,
-        cu_seqlens_k=case.cu_seqlens_k,
-        block_size=block_size,
-        return_lse=True,
-    )
+    got = selected(index, block_size)(case)
     want = expected_selected(case.to(torch.float64), index, block_size)
     base = expected_selected(case, index, block_size)
     testing.assert_accurate(got[0], want[0], base[0], atol=ATOL[case.q.dtype], name="out")
@@ -231,22 +238,6 @@ def gradients(case: Case, function, dout: Tensor, dlse: Tensor) -> list[Tensor]:
     seen = lse.isfinite()
     torch.autograd.backward([out, lse.masked_fill(~seen, 0.0)], [dout.to(out.dtype), dlse.to(lse.dtype)])
     return [x.grad for x in inputs]
-
-
-def selected(index: Tensor):
-    def run(case: Case):
-        return selected_attention(
-            case.q,
-            case.k,
-            case.v,
-            index,
-            case.cu_seqlens,
-            cu_seqlens_k=case.cu_seqlens_k,
-            block_size=BLOCK,
-            return_lse=True,
-        )
-
-    return run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

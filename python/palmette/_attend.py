@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ _ops = torch.ops.palmette
 
 # slots, query, segment, item, task, merge_ptr, merge_row, counts (docs/design.md, "A plan")
 PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def plan_tensors(tables: Sequence[Tensor]) -> PlanTensors:
+    """The first eight of some tables, which an operator has made."""
+    slots, query, segment, item, task, merge_ptr, merge_row, counts = tables[:8]
+    return slots, query, segment, item, task, merge_ptr, merge_row, counts
 
 
 _MAX_WINDOW = 2**31 - 1  # no path is longer

@@ -16,6 +16,12 @@ def check_number(name: str, value: object, least: float, most: float) -> None:
         raise ValueError(f"{name} must be a number in [{least:g}, {most:g}], got {value!r}")
 
 
+def check_at_least(least: int, **sizes: object) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+
+
 def check_dtype(name: str, tensor: torch.Tensor, wanted: Sequence[torch.dtype]) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -38,6 +44,16 @@ def check_shape(name: str, tensor: torch.Tensor, symbols: str, wanted: Sequence[
 def check_device(name: str, tensor: torch.Tensor, *wanted: torch.device) -> None:
     if tensor.device not in wanted:
         raise ValueError(f"{name} must be on {' or '.join(map(str, wanted))}, got {tensor.device}")
+
+
+def check_indptr(name: str, indptr: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """One int per sequence boundary, on the CPU or on ``device``; returned on the CPU and contiguous."""
+    check_dtype(name, indptr, INDEX)
+    if indptr.dim() != 1 or indptr.shape[0] == 0:
+        raise ValueError(f"{name} must be [B + 1], got {list(indptr.shape)}")
+    if indptr.device.type != "cpu":
+        check_device(name, indptr, device)
+    return indptr.detach().cpu().contiguous()
 
 
 def small_array_devices(device: torch.device) -> tuple[torch.device, ...]:

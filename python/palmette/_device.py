@@ -20,6 +20,16 @@ def resolve(device: torch.device | str | None) -> torch.device:
     return place
 
 
+def on_device(tables: tuple[Tensor, ...], device: torch.device | None) -> tuple[Tensor, ...]:
+    """Tables of the CPU as they are, or for another device one block of copies there."""
+    place = resolve(device)
+    if place.type == "cpu":
+        return tables
+    copies = DeviceTables(place)
+    copies.fill(tables)
+    return copies.tables
+
+
 class DeviceTables:
     """int32 tables on a device: one block of memory there, filled by a copy that the host does not wait for.
 

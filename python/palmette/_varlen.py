@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from palmette import _library
-from palmette._attend import PlanTensors
-from palmette._device import DeviceTables, resolve
+from palmette._attend import PlanTensors, plan_tensors
+from palmette._device import on_device
 
 _ops = torch.ops.palmette
 
@@ -64,9 +66,8 @@ def plan_varlen(
     Raises:
         ValueError: an indptr does not begin with 0, decreases, or does not end with the number of rows.
     """
-    on_cpu = device is None or device.type == "cpu"
     if target is None:
-        target = "cpu" if on_cpu else "gpu"
+        target = "cpu" if device is None or device.type == "cpu" else "gpu"
     max_queries = max(1, _MAX_TASK_ROWS[target] // (num_q_heads // num_kv_heads))
     tiles = num_queries // max_queries + q_indptr.shape[0]
     item_capacity = tiles * (4 + max_queries // _KEY_STEP[target]) + _EXTRA_TASKS[target]
@@ -90,12 +91,25 @@ def plan_varlen(
         window,
         key_start,
     )
-    if on_cpu:
-        return plan
-    copies = DeviceTables(resolve(device))
-    copies.fill(plan)
-    slots, query, segment, item, task, merge_ptr, merge_row, counts = copies.tables
-    return slots, query, segment, item, task, merge_ptr, merge_row, counts
+    return plan_tensors(on_device(plan, device))
+
+
+def plan_sequences(
+    q: Tensor, k: Tensor, q_indptr: Tensor, kv_indptr: Tensor, *, causal: bool = True, **options: Any
+) -> PlanTensors:
+    """``plan_varlen`` for q [Nq, Hq, D] and k [Nk, Hk, D], on their device; ``options`` are its others."""
+    return plan_varlen(
+        q_indptr,
+        kv_indptr,
+        causal=causal,
+        num_queries=q.shape[0],
+        num_keys=k.shape[0],
+        num_q_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        device=q.device,
+        **options,
+    )
 
 
 @torch.library.register_fake("palmette::plan_varlen")

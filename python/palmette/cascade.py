@@ -15,8 +15,16 @@ from torch import Tensor
 
 from palmette import _library
 from palmette._attend import PlanTensors, attend, check_inputs, state_dtype
-from palmette._checks import FLOATING, INDEX, check_device, check_dim, check_dtype, check_shape
-from palmette._varlen import plan_varlen
+from palmette._checks import (
+    FLOATING,
+    INDEX,
+    check_device,
+    check_dim,
+    check_dtype,
+    check_indptr,
+    check_shape,
+)
+from palmette._varlen import plan_sequences
 
 _ops = torch.ops.palmette
 
@@ -167,24 +175,10 @@ def _plan_level(
     q: Tensor, k: Tensor, v: Tensor, q_indptr: Tensor, kv_indptr: Tensor, *, causal: bool
 ) -> PlanTensors:
     check_inputs(q, k, v)
-    for name, indptr in (("q_indptr", q_indptr), ("kv_indptr", kv_indptr)):
-        check_dtype(name, indptr, INDEX)
-        if indptr.dim() != 1 or indptr.shape[0] == 0:
-            raise ValueError(f"{name} must be [B + 1], got {list(indptr.shape)}")
-        if indptr.device.type != "cpu":
-            check_device(name, indptr, q.device)
+    q_indptr = check_indptr("q_indptr", q_indptr, q.device)
+    kv_indptr = check_indptr("kv_indptr", kv_indptr, q.device)
     check_shape("kv_indptr", kv_indptr, "[B + 1] like q_indptr", q_indptr.shape)
-    return plan_varlen(
-        q_indptr.cpu().contiguous(),
-        kv_indptr.cpu().contiguous(),
-        causal=causal,
-        num_queries=q.shape[0],
-        num_keys=k.shape[0],
-        num_q_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        device=q.device,
-    )
+    return plan_sequences(q, k, q_indptr, kv_indptr, causal=causal)
 
 
 def _is_base2(lse_base: str) -> bool:

@@ -14,10 +14,18 @@ import torch
 from torch import Tensor
 
 from palmette import _library
-from palmette._attend import PlanTensors, attend, check_inputs, state_dtype
-from palmette._checks import FLOATING, INDEX, check_device, check_dim, check_dtype, check_shape
-from palmette._device import DeviceTables, resolve
-from palmette._varlen import plan_varlen
+from palmette._attend import attend, check_inputs, plan_tensors, state_dtype
+from palmette._checks import (
+    FLOATING,
+    check_at_least,
+    check_device,
+    check_dim,
+    check_dtype,
+    check_indptr,
+    check_shape,
+)
+from palmette._device import on_device
+from palmette._varlen import plan_sequences
 
 _ops = torch.ops.palmette
 
@@ -60,7 +68,7 @@ def compress(
     """
     check_dtype("x", x, FLOATING)
     check_dim("x", x, "[T, Hk, D]")
-    _check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride)
+    check_at_least(1, kernel_size=kernel_size, kernel_stride=kernel_stride)
     heads, dim = x.shape[1:]
     if position is not None:
         check_dtype("position", position, [x.dtype])
@@ -101,7 +109,7 @@ def blocks_of_tokens(
     """
     check_dtype("x", x, FLOATING)
     check_dim("x", x, "[T, Hk, D]")
-    _check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride)
+    check_at_least(1, kernel_size=kernel_size, kernel_stride=kernel_stride)
     windows, ends = _windows(x, cu_seqlens, kernel_size, kernel_stride)
     return windows.transpose(2, 3), ends
 
@@ -157,20 +165,15 @@ def compressed_attention(
     Source: NSA (arXiv 2502.11089), section 3.3.1.
     """
     check_inputs(q, k_cmp, v_cmp)
-    _check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride)
+    check_at_least(1, kernel_size=kernel_size, kernel_stride=kernel_stride)
     queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, None)
-    keys = _indptr("cu_seqlens_cmp", cu_seqlens_cmp, q)
+    keys = check_indptr("cu_seqlens_cmp", cu_seqlens_cmp, q.device)
     _check_compressed(tokens, keys, kernel_size, kernel_stride)
-    plan = plan_varlen(
+    plan = plan_sequences(
+        q,
+        k_cmp,
         queries,
         keys,
-        causal=True,
-        num_queries=q.shape[0],
-        num_keys=k_cmp.shape[0],
-        num_q_heads=q.shape[1],
-        num_kv_heads=k_cmp.shape[1],
-        head_dim=q.shape[2],
-        device=q.device,
         token_indptr=tokens,
         key_size=kernel_size,
         key_stride=kernel_stride,
@@ -236,19 +239,9 @@ def select_blocks(
     check_dtype("lse", lse, [state_dtype(q.dtype)])
     check_shape("lse", lse, "[Nq, Hq]", q.shape[:2])
     check_device("lse", lse, q.device)
-    _check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, topk=topk)
-    for name, size in (("kernel_size", kernel_size), ("block_size", block_size)):
-        if size % kernel_stride:
-            raise ValueError(f"{name} must be a multiple of kernel_stride {kernel_stride}, got {size}")
-    for name, count in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise ValueError(f"{name} must be an integer of at least 0, got {count!r}")
-    if topk < init_blocks + local_blocks:
-        raise ValueError(
-            f"topk must be at least init_blocks + local_blocks = {init_blocks + local_blocks}, got {topk}"
-        )
+    check_selection_sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
     queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, None)
-    keys = _indptr("cu_seqlens_cmp", cu_seqlens_cmp, q)
+    keys = check_indptr("cu_seqlens_cmp", cu_seqlens_cmp, q.device)
     q, k_cmp = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k_cmp))
     index: Tensor = _library.call(
         _ops.select_blocks.default,
@@ -311,7 +304,7 @@ def selected_attention(
         loops, here within tiles of queries.
     """
     check_inputs(q, k, v)
-    _check_positive(block_size=block_size)
+    check_at_least(1, block_size=block_size)
     check_dtype("block_index", block_index, [torch.int32])
     check_dim("block_index", block_index, "[Hk, Nq, n]")
     if block_index.shape[:2] != (k.shape[1], q.shape[0]):
@@ -321,8 +314,8 @@ def selected_attention(
         )
     queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
     starts = _key_starts("k_starts", k_starts, q)
-    *plan, item_query = _plan_selection(q, k, block_index, queries, tokens, starts, block_size)
-    out, lse = attend(q, k, v, _eight(plan), scale=scale, item_query=item_query)
+    plan = _plan_selection(q, k, block_index, queries, tokens, starts, block_size)
+    out, lse = attend(q, k, v, plan_tensors(plan), scale=scale, item_query=plan[8])
     return (out, lse) if return_lse else out
 
 
@@ -353,21 +346,10 @@ def sliding_window_attention(
     Source: NSA (arXiv 2502.11089), section 3.3.3.
     """
     check_inputs(q, k, v)
-    _check_positive(window=window)
+    check_at_least(1, window=window)
     queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
-    plan = plan_varlen(
-        queries,
-        tokens,
-        causal=True,
-        num_queries=q.shape[0],
-        num_keys=k.shape[0],
-        num_q_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        device=q.device,
-        window=window,
-        key_start=_key_starts("k_starts", k_starts, q),
-    )
+    starts = _key_starts("k_starts", k_starts, q)
+    plan = plan_sequences(q, k, queries, tokens, window=window, key_start=starts)
     out, lse = attend(q, k, v, plan, scale=scale, window=window)
     return (out, lse) if return_lse else out
 
@@ -409,46 +391,33 @@ def _plan_selection(
         tasks,
         starts,
     )
-    if on_cpu:
-        return plan
-    copies = DeviceTables(resolve(q.device))
-    copies.fill(plan)
-    return copies.tables
-
-
-def _eight(plan: list[Tensor]) -> PlanTensors:
-    slots, query, segment, item, task, merge_ptr, merge_row, counts = plan
-    return slots, query, segment, item, task, merge_ptr, merge_row, counts
+    return on_device(plan, q.device)
 
 
 # ---- checks
 
 
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
-
-
-def _indptr(name: str, indptr: Tensor, q: Tensor) -> Tensor:
-    """On the CPU, contiguous."""
-    check_dtype(name, indptr, INDEX)
-    if indptr.dim() != 1 or indptr.shape[0] == 0:
-        raise ValueError(f"{name} must be [B + 1], got {list(indptr.shape)}")
-    if indptr.device.type != "cpu":
-        check_device(name, indptr, q.device)
-    return indptr.detach().cpu().contiguous()
+def check_selection_sizes(
+    kernel_size: int, kernel_stride: int, block_size: int, topk: int, init_blocks: int, local_blocks: int
+) -> None:
+    """Raises ValueError unless they are what ``select_blocks`` says of them."""
+    check_at_least(1, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, topk=topk)
+    for name, size in (("kernel_size", kernel_size), ("block_size", block_size)):
+        if size % kernel_stride:
+            raise ValueError(f"{name} must be a multiple of kernel_stride {kernel_stride}, got {size}")
+    check_at_least(0, init_blocks=init_blocks, local_blocks=local_blocks)
+    if topk < init_blocks + local_blocks:
+        raise ValueError(
+            f"topk must be at least init_blocks + local_blocks = {init_blocks + local_blocks}, got {topk}"
+        )
 
 
 def _key_starts(name: str, starts: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if starts is None else _indptr(name, starts, q)
+    return None if starts is None else check_indptr(name, starts, q.device)
 
 
 def _starts(name: str, indptr: Tensor, total: int, of_what: str) -> list[int]:
-    check_dtype(name, indptr, INDEX)
-    if indptr.dim() != 1 or indptr.shape[0] == 0:
-        raise ValueError(f"{name} must be [B + 1], got {list(indptr.shape)}")
-    starts: list[int] = indptr.tolist()
+    starts: list[int] = check_indptr(name, indptr, indptr.device).tolist()
     if starts[0] != 0 or starts[-1] != total:
         raise ValueError(f"{name} must be from 0 to {total} ({of_what}), got {starts[0]} to {starts[-1]}")
     if any(a > b for a, b in itertools.pairwise(starts)):
@@ -460,14 +429,14 @@ def _sequences(
     q: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Where the queries and the tokens of sequences begin."""
-    queries = _indptr("cu_seqlens", cu_seqlens, q)
+    queries = check_indptr("cu_seqlens", cu_seqlens, q.device)
     if cu_seqlens_k is None:
         if k is not None and k.shape[0] != q.shape[0]:
             raise ValueError(
                 f"k must have q's {q.shape[0]} rows where cu_seqlens_k is not given, got {k.shape[0]}"
             )
         return queries, queries
-    tokens = _indptr("cu_seqlens_k", cu_seqlens_k, q)
+    tokens = check_indptr("cu_seqlens_k", cu_seqlens_k, q.device)
     check_shape("cu_seqlens_k", tokens, "[B + 1] like cu_seqlens", queries.shape)
     if not torch.compiler.is_compiling():
         short = (tokens.diff() < queries.diff()).nonzero()

@@ -150,7 +150,6 @@ def emulator(
     Raises:
         ValueError: order or warp_size is unknown, seed or shared_limit out of range.
     """
-    global _settings
     if order not in _ORDERS:
         raise ValueError(f"order must be one of {', '.join(_ORDERS)}, got {order!r}")
     if warp_size not in (32, 64):

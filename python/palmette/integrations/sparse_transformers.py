@@ -237,7 +237,12 @@ def register() -> None:
         known = getattr(module, "_is_hf_initialized", False)
         initialise(self, module, *args, **kwargs)
         if isinstance(module, SparseBranches) and not known:
+            loaded = [
+                (p, p.clone()) for p in module.branch_parameters() if getattr(p, "_is_hf_initialized", False)
+            ]
             module.reset_branches()
+            for parameter, value in loaded:
+                parameter.copy_(value)
 
     post_init.of_palmette = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from palmette._checks import check_at_least
 from palmette.nn.rotary import RotaryEmbedding
-from palmette.nn.sparse_cache import SparseKVCache
+from palmette.nn.sparse_cache import SparseKVCache, packed_ends, packed_positions
 from palmette.sparse_attention import (
     blocks_of_tokens,
+    check_selection_sizes,
     compress,
     compressed_attention,
     select_blocks,
@@ -76,33 +78,19 @@ class SparseBranches(nn.Module):
     ) -> None:
         super().__init__()
         v_dim = head_dim if v_head_dim is None else v_head_dim
-        sizes = {
-            "hidden_size": hidden_size,
-            "num_q_heads": num_q_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "v_head_dim": v_dim,
-            "kernel_size": kernel_size,
-            "kernel_stride": kernel_stride,
-            "block_size": block_size,
-            "topk": topk,
-            "window_size": window_size,
-        }
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        check_at_least(
+            1,
+            hidden_size=hidden_size,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=v_dim,
+            window_size=window_size,
+        )
+        check_selection_sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
         if num_q_heads % num_kv_heads:
             raise ValueError(
                 f"num_q_heads must be a multiple of num_kv_heads ({num_kv_heads}), got {num_q_heads}"
-            )
-        for name in ("kernel_size", "block_size"):
-            if sizes[name] % kernel_stride:
-                raise ValueError(
-                    f"{name} must be a multiple of kernel_stride {kernel_stride}, got {sizes[name]}"
-                )
-        if init_blocks < 0 or local_blocks < 0 or topk < init_blocks + local_blocks:
-            raise ValueError(
-                f"topk must be at least init_blocks + local_blocks = {init_blocks + local_blocks}, got {topk}"
             )
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
@@ -144,12 +132,17 @@ class SparseBranches(nn.Module):
         self.rope: Rope = RotaryEmbedding(head_dim) if rope is None else rope
         self.reset_branches()
 
+    def branch_parameters(self) -> list[nn.Parameter]:
+        """Those that ``reset_branches`` sets: not a subclass's projections."""
+        names = ("compress_key", "compress_value", "intra_block_pe", "gate")
+        return [p for name, p in self.named_parameters() if name.partition(".")[0] in names]
+
     def reset_branches(self) -> None:
         """Compression starts near the mean of a block; the gates as ``nn.Linear`` does."""
         self.gate[0].reset_parameters()  # type: ignore[operator]
         for weight in (self.compress_key, self.compress_value):
-            if not isinstance(weight, nn.Parameter) or getattr(weight, "_is_hf_initialized", False):
-                continue  # there is none, or transformers has loaded it
+            if not isinstance(weight, nn.Parameter):
+                continue
             with torch.no_grad():
                 if weight.dim() == 2:
                     weight.fill_(1.0 / self.kernel_size)
@@ -159,7 +152,7 @@ class SparseBranches(nn.Module):
                     mean = eye.repeat(self.kernel_size, 1) / self.kernel_size
                     noise = 0.1 / (self.kernel_size * width) ** 0.5
                     weight.copy_(mean + noise * torch.randn_like(weight))
-        if self.intra_block_pe is not None and not getattr(self.intra_block_pe, "_is_hf_initialized", False):
+        if self.intra_block_pe is not None:
             nn.init.normal_(self.intra_block_pe, std=0.02)
 
     def mix(
@@ -195,7 +188,7 @@ class SparseBranches(nn.Module):
         goes_on = any(past)
         if goes_on and torch.is_grad_enabled() and q.requires_grad:
             raise ValueError("cache must be empty where gradients are wanted, got one that holds tokens")
-        positions = _positions(past, counts).to(x.device)
+        positions = packed_positions(past, counts).to(x.device)
         q = self.rope(q, positions)
 
         def remember(name: str, rows: Tensor, before: list[int], new: list[int]) -> Tensor:
@@ -212,9 +205,13 @@ class SparseBranches(nn.Module):
         # compressed keys, which are turned as if they stood where their blocks begin
         k_cmp, made = self._compress("key", keys[0], cu_seqlens, counts, cache)
         v_cmp, _ = self._compress("value", values[0], cu_seqlens, counts, cache)
-        k_cmp = self.rope(k_cmp, self.kernel_stride * _positions(past_cmp, made).to(x.device))
+        k_cmp = self.rope(k_cmp, self.kernel_stride * packed_positions(past_cmp, made).to(x.device))
         k_cmp, v_cmp = remember("k_cmp", k_cmp, past_cmp, made), remember("v_cmp", v_cmp, past_cmp, made)
-        tokens, ends_cmp = _ends(past, counts), _ends(past_cmp, made)
+        lengths, lengths_cmp = (
+            [a + n for a, n in zip(before, new, strict=True)]
+            for before, new in ((past, counts), (past_cmp, made))
+        )
+        tokens, ends_cmp = packed_ends(lengths), packed_ends(lengths_cmp)
         sizes: dict[str, Any] = {
             "kernel_size": self.kernel_size,
             "kernel_stride": self.kernel_stride,
@@ -234,7 +231,7 @@ class SparseBranches(nn.Module):
             )
             for name, k, v in zip(names, keys[-len(names) :], values[-len(names) :], strict=True)
         ]
-        longest = max((a + n for a, n in zip(past, counts, strict=True)), default=0)
+        longest = max(lengths, default=0)
         dense = longest <= self.topk * self.block_size
         k, v, where = pairs[0]
         if dense:
@@ -262,7 +259,7 @@ class SparseBranches(nn.Module):
             queries=x.shape[0],
             longest=longest,
             selection="dense" if dense else "blocks",
-            keys_read=max((a + n for a, n in zip(past_cmp, made, strict=True)), default=0)
+            keys_read=max(lengths_cmp, default=0)
             + min(longest, self.topk * self.block_size)
             + min(longest, self.window_size),
         )
@@ -424,14 +421,3 @@ class NativeSparseAttention(SparseBranches):
         keys = self.proj_k(x).unflatten(-1, (-1, self.num_kv_heads, self.head_dim)).unbind(1)
         values = self.proj_v(x).unflatten(-1, (-1, self.num_kv_heads, self.v_head_dim)).unbind(1)
         return self.proj_o(self.mix(x, q, keys, values, ends, cache).flatten(1))  # type: ignore[no-any-return]
-
-
-def _positions(past: list[int], counts: list[int]) -> Tensor:
-    """Of the rows of packed sequences, each of which goes on behind ``past`` others."""
-    parts = [torch.arange(a, a + n) for a, n in zip(past, counts, strict=True)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
-
-
-def _ends(past: list[int], counts: list[int]) -> Tensor:
-    lengths = [0, *(a + n for a, n in zip(past, counts, strict=True))]
-    return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)

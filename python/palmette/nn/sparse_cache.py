@@ -11,6 +11,17 @@ from torch import Tensor
 Compress = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def packed_positions(past: list[int], counts: list[int]) -> Tensor:
+    """Of the rows of packed sequences, each of which goes on behind ``past`` others."""
+    parts = [torch.arange(a, a + n) for a, n in zip(past, counts, strict=True)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def packed_ends(lengths: list[int]) -> Tensor:
+    """Where sequences of these lengths begin, and where the last one ends: int32 [B + 1]."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
 class SparseKVCache:
     """K, V, compressed K and V, and the raw tokens of the window that is not full yet, of B sequences.
 
@@ -77,12 +88,7 @@ class SparseKVCache:
             if rows is not None:
                 grown[:, : rows.shape[1]] = rows
             rows = self._rows[name] = grown
-        if sum(counts) == 0:
-            return rows.flatten(0, 1)
-        each = torch.tensor(counts)
-        first = torch.arange(len(self)) * rows.shape[1] + torch.tensor(before)
-        within = torch.arange(int(each.sum())) - (each.cumsum(0) - each).repeat_interleave(each)
-        place = (first.repeat_interleave(each) + within).to(x.device)
+        place = packed_positions([b * rows.shape[1] + a for b, a in enumerate(before)], counts).to(x.device)
         return rows.flatten(0, 1).index_copy_(0, place, x.detach())
 
     def advance(self, counts: list[int], compressed: list[int]) -> None:
@@ -104,8 +110,7 @@ class SparseKVCache:
         """
         old = self._tails.get(name) or [x[:0]] * len(counts)
         raw = [torch.cat([a, b]) for a, b in zip(old, x.split(counts), strict=True)]
-        ends = torch.tensor([0, *(len(r) for r in raw)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        y, y_ends = function(torch.cat(raw), ends)
+        y, y_ends = function(torch.cat(raw), packed_ends([len(r) for r in raw]))
         made: list[int] = y_ends.diff().tolist()
         self._tails[name] = [r[n * stride :].detach().clone() for r, n in zip(raw, made, strict=True)]
         return y, made
