@@ -59,28 +59,24 @@ struct Backward {
 
   char* layout(char* at, int64_t rows) {
     rows_capacity = (rows + kGroupRows - 1) / kGroupRows * kGroupRows;
-    auto take = [&]<class E>(E*& p, int64_t n) {
-      p = reinterpret_cast<E*>(at);
-      at += (n * static_cast<int64_t>(sizeof(E)) + 63) / 64 * 64;
-    };
-    take(q_lanes, rows_capacity * d_pad);
-    take(do_lanes, rows_capacity * dv_pad);
-    take(dq_lanes, rows_capacity * d_pad);
-    take(q_rows, rows_capacity * d_pad);
-    take(do_rows, rows_capacity * dv_pad);
-    take(task_lse, rows_capacity);
-    take(task_delta, rows_capacity);
-    take(lse, rows_capacity);
-    take(delta, rows_capacity);
-    take(pos, rows_capacity);
-    take(depth, rows_capacity);
-    take(k_tile, kTileKeys * packed_stride<S>(p.head_dim));
-    take(v_tile, kTileKeys * packed_stride<S>(p.v_head_dim));
-    take(dk_tile, kTileKeys * d_pad);
-    take(dv_tile, kTileKeys * dv_pad);
-    take(prob, kTileKeys * kGroupRows);
-    take(dscore, kTileKeys * kGroupRows);
-    take(tile, 1);
+    take(at, q_lanes, rows_capacity * d_pad);
+    take(at, do_lanes, rows_capacity * dv_pad);
+    take(at, dq_lanes, rows_capacity * d_pad);
+    take(at, q_rows, rows_capacity * d_pad);
+    take(at, do_rows, rows_capacity * dv_pad);
+    take(at, task_lse, rows_capacity);
+    take(at, task_delta, rows_capacity);
+    take(at, lse, rows_capacity);
+    take(at, delta, rows_capacity);
+    take(at, pos, rows_capacity);
+    take(at, depth, rows_capacity);
+    take(at, k_tile, kTileKeys * packed_stride<S>(p.head_dim));
+    take(at, v_tile, kTileKeys * packed_stride<S>(p.v_head_dim));
+    take(at, dk_tile, kTileKeys * d_pad);
+    take(at, dv_tile, kTileKeys * dv_pad);
+    take(at, prob, kTileKeys * kGroupRows);
+    take(at, dscore, kTileKeys * kGroupRows);
+    take(at, tile, 1);
     return at;
   }
 
@@ -369,13 +365,7 @@ void run(const AttendBackwardParams& p) {
             const PlanTask& task = f.plan.task[t];
             if (task.kv_head >= 0 && task.kv_head != unit.head_begin) continue;
             body.layout(scratch, (task.query_end - task.query_begin) * int64_t{body.group});
-            if (f.dtype == DType::bf16 && sizeof(T) == 4) {
-              body.template run_task<bf16>(task, unit);
-            } else if (f.dtype == DType::f16 && sizeof(T) == 4) {
-              body.template run_task<fp16>(task, unit);
-            } else {
-              body.template run_task<T>(task, unit);
-            }
+            with_element<T>(f.dtype, [&]<class E>(E) { body.template run_task<E>(task, unit); });
           }
         }
       },

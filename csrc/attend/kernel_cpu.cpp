@@ -25,13 +25,6 @@ namespace palmette::PALMETTE_ISA_NS {
 
 namespace {
 
-template <class T>
-PALMETTE_INLINE T* take(char*& scratch, int64_t n) {
-  T* p = reinterpret_cast<T*>(scratch);
-  scratch += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  return p;
-}
-
 template <class S>
 constexpr int64_t padded(int64_t d) {
   return (d + 2 * S::kLanes - 1) / (2 * S::kLanes) * (2 * S::kLanes);
@@ -108,24 +101,24 @@ struct Forward {
     rows_capacity = rows;
     lane_capacity = lanes_for(rows);
     block_capacity = blocks_for(rows);
-    o_rows = take<T>(at, heads * rows * dv_pad);
-    m_rows = take<T>(at, heads * rows);
-    l_rows = take<T>(at, heads * rows);
-    q_lanes = take<T>(at, heads * lane_capacity * d_pad);
-    o_lanes = take<T>(at, heads * lane_capacity * dv_pad);
-    m_lanes = take<T>(at, heads * lane_capacity);
-    l_lanes = take<T>(at, heads * lane_capacity);
-    pos_lanes = take<Int>(at, lane_capacity);
-    depth_lanes = take<Int>(at, lane_capacity);
-    touched = take<bool>(at, heads * block_capacity);
-    blocks = take<Block>(at, block_capacity);
+    take(at, o_rows, heads * rows * dv_pad);
+    take(at, m_rows, heads * rows);
+    take(at, l_rows, heads * rows);
+    take(at, q_lanes, heads * lane_capacity * d_pad);
+    take(at, o_lanes, heads * lane_capacity * dv_pad);
+    take(at, m_lanes, heads * lane_capacity);
+    take(at, l_lanes, heads * lane_capacity);
+    take(at, pos_lanes, lane_capacity);
+    take(at, depth_lanes, lane_capacity);
+    take(at, touched, heads * block_capacity);
+    take(at, blocks, block_capacity);
     for (int i = 0; i < 2; ++i) {
-      k_tile[i] = take<T>(at, kMaxTileKeys * packed_stride<S>(p.head_dim));
-      v_tile[i] = take<T>(at, kMaxTileKeys * packed_stride<S>(p.v_head_dim));
+      take(at, k_tile[i], kMaxTileKeys * packed_stride<S>(p.head_dim));
+      take(at, v_tile[i], kMaxTileKeys * packed_stride<S>(p.v_head_dim));
     }
-    s_tile = take<T>(at, kMaxTileKeys * 2 * N);
-    tiles = take<KeyTile>(at, 2);
-    soon = take<const char*>(at, 2 * kMaxTileKeys);
+    take(at, s_tile, kMaxTileKeys * 2 * N);
+    take(at, tiles, 2);
+    take(at, soon, 2 * kMaxTileKeys);
     return at;
   }
 
@@ -200,8 +193,9 @@ struct Forward {
     const int heads = unit.head_count;
     const int64_t q_head = lane_capacity * d_pad, o_head = lane_capacity * dv_pad;
     for (int h = 0; h < heads; ++h) {
-      with_dtype(
-          [&]<class E>(E) { pack_queries<E>(item, num_blocks, unit.head_begin + h, q_lanes + h * q_head); });
+      with_element<T>(p.dtype, [&]<class E>(E) {
+        pack_queries<E>(item, num_blocks, unit.head_begin + h, q_lanes + h * q_head);
+      });
     }
     for (int64_t i = 0; i < heads * lane_capacity; ++i) m_lanes[i] = T(kEmptyMax), l_lanes[i] = 0;
     for (int64_t i = 0; i < heads * block_capacity; ++i) touched[i] = false;
@@ -357,7 +351,7 @@ struct Forward {
     static_cast<T*>(p.lse)[index * p.num_q_heads + head] =
         l == 0 ? -T(INFINITY) : (m + std::log2(l)) * T(kLn2);
     const T factor = l == 0 ? T(0) : weight / l;
-    with_dtype([&]<class E>(E) {
+    with_element<T>(p.dtype, [&]<class E>(E) {
       E* dst = static_cast<E*>(p.out.data) + index * p.out.token + head * p.out.head;
       const typename S::V f = S::splat(factor);
       int x = 0;
@@ -390,16 +384,6 @@ struct Forward {
       }
       finish(j, head, m, l, o_rows);
     }
-  }
-
-  // ---- element types
-  template <class F>
-  PALMETTE_INLINE void with_dtype(F&& f) const {
-    if constexpr (sizeof(T) == 4) {
-      if (p.dtype == DType::bf16) return f(bf16{});
-      if (p.dtype == DType::f16) return f(fp16{});
-    }
-    f(T{});
   }
 };
 

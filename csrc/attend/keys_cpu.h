@@ -85,6 +85,23 @@ class KeyCursor {
   int32_t segment_, end_, offset_ = 0, first_depth_;
 };
 
+// f(E) of the stored type, where T is computed with.
+template <class T, class F>
+PALMETTE_INLINE void with_element(DType dtype, F&& f) {
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == DType::bf16) return f(bf16{});
+    if (dtype == DType::f16) return f(fp16{});
+  }
+  f(T{});
+}
+
+// Lays n elements out at `at`, the next free place of a worker's scratch (or, from null, only measures).
+template <class T>
+PALMETTE_INLINE void take(char*& at, T*& pointer, int64_t n) {
+  pointer = reinterpret_cast<T*>(at);
+  at += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+}
+
 // A tile of K or V as the micro-kernel reads it.
 template <class T>
 struct TileView {
@@ -117,16 +134,11 @@ template <class S>
 __attribute__((noinline)) void pack_rows_of_tile(typename S::Scalar* buffer, const char* const* rows,
                                                  int begin, int end, DType dtype, int d) {
   const int64_t stride = packed_stride<S>(d);
-  auto run = [&]<class E>(E) {
+  with_element<typename S::Scalar>(dtype, [&]<class E>(E) {
     for (int i = begin; i < end; ++i) {
       pack_row<S>(buffer + i * stride, reinterpret_cast<const E*>(rows[i]), d, stride);
     }
-  };
-  if constexpr (sizeof(typename S::Scalar) == 4) {
-    if (dtype == DType::bf16) return run(bf16{});
-    if (dtype == DType::f16) return run(fp16{});
-  }
-  run(typename S::Scalar{});
+  });
 }
 
 inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }

@@ -44,18 +44,14 @@ struct Select {
   explicit Select(const SelectParams& params) : p(params), group(params.num_q_heads / params.num_kv_heads) {}
 
   char* layout(char* at) {
-    auto take = [&]<class E>(E*& pointer, int64_t n) {
-      pointer = reinterpret_cast<E*>(at);
-      at += (n * static_cast<int64_t>(sizeof(E)) + 63) / 64 * 64;
-    };
-    take(q_lanes, int64_t{group} * kLanes * p.head_dim);
-    take(lse, int64_t{group} * kLanes);
-    take(prob, kKeys * W);
-    take(weight, kKeys * kLanes);
-    take(k_tile, kKeys * packed_stride<S>(p.head_dim));
-    take(score, int64_t{p.max_blocks + 1} * kLanes);
-    take(best, p.topk);
-    take(chosen, p.topk);
+    take(at, q_lanes, int64_t{group} * kLanes * p.head_dim);
+    take(at, lse, int64_t{group} * kLanes);
+    take(at, prob, kKeys * W);
+    take(at, weight, kKeys * kLanes);
+    take(at, k_tile, kKeys * packed_stride<S>(p.head_dim));
+    take(at, score, int64_t{p.max_blocks + 1} * kLanes);
+    take(at, best, p.topk);
+    take(at, chosen, p.topk);
     return at;
   }
 
@@ -164,13 +160,7 @@ struct Select {
     const int32_t last = t.token + t.num_queries - 1;
     std::memset(score, 0, sizeof(T) * static_cast<size_t>(own_block(t, t.num_queries - 1) + 1) * kLanes);
     if (own_block(t, t.num_queries - 1) + 1 > p.topk) {  // else every block is chosen
-      if (p.dtype == DType::bf16 && sizeof(T) == 4) {
-        pack<bf16>(t, kv_head);
-      } else if (p.dtype == DType::f16 && sizeof(T) == 4) {
-        pack<fp16>(t, kv_head);
-      } else {
-        pack<T>(t, kv_head);
-      }
+      with_element<T>(p.dtype, [&]<class E>(E) { pack<E>(t, kv_head); });
       for (int64_t first = 0; first < t.num_keys && last_token(first) <= last; first += kKeys) {
         const int n = t.num_keys - first < kKeys ? static_cast<int>(t.num_keys - first) : kKeys;
         find_weights(t, load_keys(t, kv_head, first, n), first, n);

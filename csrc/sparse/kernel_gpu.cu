@@ -160,21 +160,13 @@ struct Selection {
     const float* lse = at<float>(a.lse_offset) + head * kRows + fragment_row();
     const float low = lse[0], high = lse[8];
     const int key = warp() * kWarpKeys;
-    if constexpr (kN == 1) {
-      // ldmatrix brings 16 columns; ordinary multiply-adds do not mind
-      float s[1][4];
-      Math::multiply_rows(s, queries(), first_row, keys(), key);
-      add(sum[0], s[0], low, high);
-    } else {
-      float s[kN][4];
-      Math::multiply_rows(s, queries(), first_row, keys(), key);
+    float s[kN][4];
+    Math::multiply_rows(s, queries(), first_row, keys(), key);
 #pragma unroll
-      for (int n = 0; n < kN; ++n) add(sum[n], s[n], low, high);
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[n][e] += ptx::ex2(s[n][e] * a.scale - (e < 2 ? low : high));
     }
-  }
-  __device__ __forceinline__ void add(float (&sum)[4], const float (&s)[4], float low, float high) const {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sum[e] += ptx::ex2(s[e] * a.scale - (e < 2 ? low : high));
   }
 
   // A key counts for a block once per stride that both cover.
