@@ -61,8 +61,8 @@ STABLE_TORCH_LIBRARY(palmette, m) {
       "Tensor task, Tensor merge_ptr, Tensor merge_row, Tensor counts)");
   m.def(
       "plan_selection(Tensor block_index, Tensor q_indptr, Tensor kv_indptr, SymInt num_keys, int block_size, "
-      "SymInt tile_queries, SymInt segment_capacity, SymInt item_capacity, SymInt task_capacity, "
-      "Tensor? key_start=None) -> (Tensor slots, Tensor query, Tensor segment, Tensor item, Tensor task, "
+      "int min_tile_queries, int max_tile_queries, SymInt segment_capacity, SymInt item_capacity, "
+      "SymInt task_capacity, Tensor? key_start=None) -> (Tensor slots, Tensor query, Tensor segment, Tensor item, Tensor task, "
       "Tensor merge_ptr, Tensor merge_row, Tensor counts, Tensor item_query)");
 
   // sparse: which key blocks a query attends to

@@ -319,7 +319,9 @@ def test_tables_grow_with_the_blocks_that_are_chosen():
 
     def table_bytes(tokens: int, index: Tensor) -> int:
         case = make([tokens], q_heads=2, kv_heads=1, head_dim=8)
-        plan = _plan_selection(case.q, case.k, index, case.cu_seqlens, case.cu_seqlens, None, 64)
+        plan = _plan_selection(
+            case.q, case.k, index, case.cu_seqlens, case.cu_seqlens, None, 64, case.v.shape[2]
+        )
         return sum(table.nbytes for table in plan)
 
     def last_blocks(tokens: int) -> Tensor:
@@ -834,8 +836,8 @@ def plan_arguments() -> list[tuple[object, ...]]:
     lengths = case.cu_seqlens, case.cu_seqlens_k
     starts = torch.tensor([30, 0, 0])
     return [
-        (index, *lengths, 61, 16, 8, 6, 40, 20, None),
-        (index, *lengths, 80, 16, 64, 6, 40, 20, starts),
+        (index, *lengths, 61, 16, 8, 8, 6, 40, 20, None),
+        (index, *lengths, 80, 16, 4, 64, 6, 40, 40, starts),
     ]
 
 

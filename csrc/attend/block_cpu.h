@@ -122,12 +122,14 @@ __attribute__((noinline)) void accumulate_visible(const TileView<typename B::S::
 
 template <class S>
 __attribute__((noinline)) bool tile_is_finite(const TileView<typename S::Scalar>& t, int n, int d) {
-  using T = typename S::Scalar;
-  T bad = 0;
+  typename S::V bad = S::zero();
   for (int k = 0; k < n; ++k) {
-    for (int x = 0; x < d; ++x) bad += t.data[k * t.stride + x] * T(0);  // inf * 0 and NaN * 0 are NaN
+    const typename S::Scalar* row = t.data + k * t.stride;
+    int x = 0;
+    for (; x + S::kLanes <= d; x += S::kLanes) bad += S::load(row + x) * S::zero();  // NaN from inf and NaN
+    if (x < d) bad += S::load_n(row + x, d - x) * S::zero();
   }
-  return bad == T(0);
+  return !S::any(bad != S::zero());
 }
 
 template <class T>

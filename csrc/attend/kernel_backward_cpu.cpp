@@ -8,11 +8,14 @@
 // own), so all three gradients accumulate in place, in the plan's order: no atomics, five products instead of
 // the seven of a separate pass per output, and the same bits for any number of threads.
 //
-// Data flow of a task, or, where items name their queries one by one, of an item: Q, dO --pack--> lanes (for
-// S, dP) and rows (for dK, dV); then per key tile and group of kGroupRows rows
+// Data flow of a task: Q, dO --pack--> lanes (for S, dP) and rows (for dK, dV); then per key tile and group
+// of kGroupRows rows
 //
 //   S, dP [keys][rows] (rows in lanes) -> P, dS -> dQ += K^T dS (rows in lanes)
 //                                               -> dV += P dO, dK += dS Q (head_dim in lanes)
+//
+// Where items name their queries one by one, the rows of the task lie side by side in scratch (Q, dO, dQ),
+// and the data flow is that of an item's rows, kListedRows of them at a time.
 
 #include <cmath>
 
@@ -24,7 +27,8 @@ namespace palmette::PALMETTE_ISA_NS {
 
 namespace {
 
-constexpr int kTileKeys = 48;
+constexpr int kTileKeys = 64;
+constexpr int kListedRows = 256;
 
 template <class S>
 struct Backward {
@@ -42,6 +46,7 @@ struct Backward {
   const int64_t d_pad, dv_pad;
   T *q_lanes, *do_lanes, *dq_lanes;        // [blocks][d_pad][W]
   T *q_rows, *do_rows;                     // [rows][d_pad]
+  T *task_q, *task_do, *task_dq;           // [rows of the task][d_pad]: where items name their queries
   T *task_lse, *task_delta;                // [rows of the task], log2 units / D_i
   T *lse, *delta;                          // [rows]: of those that are packed
   Int *pos, *depth;                        // [rows]: of the query, or of no query for this item
@@ -58,14 +63,19 @@ struct Backward {
         dv_pad((p.v_head_dim + W - 1) / W * W) {}
 
   char* layout(char* at, int64_t rows) {
-    rows_capacity = (rows + kGroupRows - 1) / kGroupRows * kGroupRows;
+    const bool listed = p.plan.item_query != nullptr;
+    const int64_t most = kListedRows > group ? kListedRows : group;
+    rows_capacity = ((listed && rows > most ? most : rows) + kGroupRows - 1) / kGroupRows * kGroupRows;
     take(at, q_lanes, rows_capacity * d_pad);
     take(at, do_lanes, rows_capacity * dv_pad);
     take(at, dq_lanes, rows_capacity * d_pad);
     take(at, q_rows, rows_capacity * d_pad);
     take(at, do_rows, rows_capacity * dv_pad);
-    take(at, task_lse, rows_capacity);
-    take(at, task_delta, rows_capacity);
+    take(at, task_q, listed ? rows * d_pad : 0);
+    take(at, task_do, listed ? rows * dv_pad : 0);
+    take(at, task_dq, listed ? rows * d_pad : 0);
+    take(at, task_lse, rows);
+    take(at, task_delta, rows);
     take(at, lse, rows_capacity);
     take(at, delta, rows_capacity);
     take(at, pos, rows_capacity);
@@ -130,13 +140,16 @@ struct Backward {
     }
   };
 
-  // Q and dO of rows in both layouts, and what is known of them.
+  // Where row r is in a tensor of the operator's.
   template <class E>
-  void pack(const Rows& rows, int kv_head) {
-    auto at = [&](const Strided& x, int64_t r) {
-      return static_cast<const E*>(x.data) + p.plan.query_index[rows.query(r)] * x.token +
-             (kv_head * group + r % group) * x.head;
-    };
+  const E* row_at(const Strided& x, const Rows& rows, int kv_head, int64_t r) const {
+    return static_cast<const E*>(x.data) + p.plan.query_index[rows.query(r)] * x.token +
+           (kv_head * group + r % group) * x.head;
+  }
+
+  // Q and dO of rows in both layouts, and what is known of them; q_at(r) and do_at(r) point at row r.
+  template <class QueryAt, class OutAt>
+  void pack(const Rows& rows, QueryAt q_at, OutAt do_at) {
     const T factor = static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e);
     const int64_t filled = (rows.count + kGroupRows - 1) / kGroupRows * kGroupRows;
     std::memset(dq_lanes, 0, sizeof(T) * static_cast<size_t>(filled * d_pad));
@@ -147,8 +160,8 @@ struct Backward {
         std::memset(do_rows + r * dv_pad, 0, sizeof(T) * static_cast<size_t>(dv_pad));
         continue;
       }
-      copy_row(q_rows + r * d_pad, at(p.q, r), p.head_dim, d_pad);
-      copy_row(do_rows + r * dv_pad, at(b.dout, r), p.v_head_dim, dv_pad);
+      copy_row(q_rows + r * d_pad, q_at(r), p.head_dim, d_pad);
+      copy_row(do_rows + r * dv_pad, do_at(r), p.v_head_dim, dv_pad);
       lse[r] = task_lse[rows.row_of_task(r)], delta[r] = task_delta[rows.row_of_task(r)];
     }
     for (int64_t r = 0; r < filled; r += W) {
@@ -216,12 +229,12 @@ struct Backward {
     }
   }
 
-  // C[key][d] += sum_r A[key][r] rows[r][d], head_dim in the lanes.
-  static void accumulate_keys(const T* a, int n, const T* rows, int64_t width, T* c) {
+  // C[key][d] += sum_r A[key][r] rows[r][d] of `count` rows, head_dim in the lanes.
+  static void accumulate_keys(const T* a, int n, const T* rows, int count, int64_t width, T* c) {
     for (int64_t x = 0; x < width; x += W) {
       auto run = [&]<int MR>(std::integral_constant<int, MR>, int i) {
         multiply_block<S, MR, 2, 1, true, Start::kLoad>(a + i * kGroupRows, kGroupRows, rows + x, width,
-                                                        c + i * width + x, width, kGroupRows);
+                                                        c + i * width + x, width, count);
       };
       int i = 0;
       for (; i + 6 <= n; i += 6) run(std::integral_constant<int, 6>{}, i);
@@ -250,7 +263,9 @@ struct Backward {
       Visibility visible[kGroupBlocks];
       BlockRows<S> block[kGroupBlocks];
       bool any = false;
-      for (int i = 0; i < kGroupBlocks; ++i) {
+      const int filled =
+          rows - first < kGroupRows ? static_cast<int>((rows - first + W - 1) / W) : kGroupBlocks;
+      for (int i = 0; i < filled; ++i) {
         block[i] = block_rows(first + i * W);
         visible[i] = tile_visibility<S>(*tile, block[i], p.window);
         any |= visible[i] != Visibility::kNone;
@@ -261,7 +276,7 @@ struct Backward {
         std::memset(dv_tile, 0, sizeof(T) * static_cast<size_t>(n * dv_pad));
         used = true;
       }
-      for (int i = 0; i < kGroupBlocks; ++i) {
+      for (int i = 0; i < filled; ++i) {
         const int column = i * W;
         if (visible[i] == Visibility::kNone) {
           for (int key = 0; key < n; ++key) {
@@ -281,8 +296,8 @@ struct Backward {
           accumulate_visible<B, Start::kLoad>(k, n, dscore + column, kGroupRows, dq, p.head_dim);
         }
       }
-      accumulate_keys(prob, n, do_rows + first * dv_pad, dv_pad, dv_tile);
-      accumulate_keys(dscore, n, q_rows + first * d_pad, d_pad, dk_tile);
+      accumulate_keys(prob, n, do_rows + first * dv_pad, filled * W, dv_pad, dv_tile);
+      accumulate_keys(dscore, n, q_rows + first * d_pad, filled * W, d_pad, dk_tile);
     }
     if (!used) return;
     add_rows(static_cast<T*>(b.dk), unit, dk_tile, d_pad, p.head_dim);
@@ -299,22 +314,46 @@ struct Backward {
   template <class E>
   void run_task(const PlanTask& task, const AttendUnit& unit) {
     find_deltas<E>(task, unit.head_begin);
+    const Rows every{task, nullptr, (task.query_end - task.query_begin) * group, group};
+    const auto q_at = [&](int64_t r) { return row_at<E>(p.q, every, unit.head_begin, r); };
+    const auto do_at = [&](int64_t r) { return row_at<E>(b.dout, every, unit.head_begin, r); };
     if (p.plan.item_query == nullptr) {
-      run_rows<E>({task, nullptr, (task.query_end - task.query_begin) * group, group}, task.item_begin,
-                  task.item_end, unit);
+      pack(every, q_at, do_at);
+      run_rows(every, task.item_begin, task.item_end, unit);
+      // Others of the same rows run on this worker too, before or after: add.
+      add_to_rows(every, [&](int64_t r) { return dq_at(every, unit.head_begin, r); });
       return;
     }
+    for (int64_t r = 0; r < every.count; ++r) {
+      copy_row(task_q + r * d_pad, q_at(r), p.head_dim, d_pad);
+      copy_row(task_do + r * dv_pad, do_at(r), p.v_head_dim, dv_pad);
+    }
+    std::memset(task_dq, 0, sizeof(T) * static_cast<size_t>(every.count * d_pad));
+    const int32_t most = kListedRows > group ? kListedRows / group : 1;
     for (int i = task.item_begin; i < task.item_end; ++i) {
       const PlanItem& item = p.plan.item[i];
-      run_rows<E>(
-          {task, p.plan.item_query + item.query_begin, (item.query_end - item.query_begin) * group, group}, i,
-          i + 1, unit);
+      for (int32_t first = item.query_begin; first < item.query_end; first += most) {
+        const int32_t count = item.query_end - first < most ? item.query_end - first : most;
+        const Rows rows{task, p.plan.item_query + first, count * group, group};
+        pack(
+            rows, [&](int64_t r) { return task_q + rows.row_of_task(r) * d_pad; },
+            [&](int64_t r) { return task_do + rows.row_of_task(r) * dv_pad; });
+        run_rows(rows, i, i + 1, unit);
+        add_to_rows(rows, [&](int64_t r) { return task_dq + rows.row_of_task(r) * d_pad; });
+      }
+    }
+    for (int64_t r = 0; r < every.count; ++r) {
+      T* dst = dq_at(every, unit.head_begin, r);
+      for (int x = 0; x < p.head_dim; ++x) dst[x] += task_dq[r * d_pad + x];
     }
   }
 
-  template <class E>
+  T* dq_at(const Rows& rows, int kv_head, int64_t r) const {
+    const int64_t j = p.plan.query_index[rows.query(r)];
+    return static_cast<T*>(b.dq) + (j * p.num_q_heads + kv_head * group + r % group) * p.head_dim;
+  }
+
   void run_rows(const Rows& rows, int item_begin, int item_end, const AttendUnit& unit) {
-    pack<E>(rows, unit.head_begin);
     const bool k_in_place = streams_in_place<S>(p.k, p.dtype, p.head_dim);
     const bool v_in_place = streams_in_place<S>(p.v, p.dtype, p.v_head_dim);
     for (int i = item_begin; i < item_end; ++i) {
@@ -323,19 +362,20 @@ struct Backward {
       KeyCursor cursor(p.plan, p.plan.item[i], p.window, min_query_depth);
       while (cursor.next(*tile, kTileKeys)) run_tile(unit, rows.count, k_in_place, v_in_place);
     }
-    // Others of the same rows run on this worker too, before or after: add.
-    T* dq = static_cast<T*>(b.dq);
+  }
+
+  // dq of the rows in lanes, onto rows elsewhere: at(r) points at row r.
+  template <class At>
+  void add_to_rows(const Rows& rows, At at) {
     for (int64_t first = 0; first < rows.count; first += W) {
       const int count = static_cast<int>(rows.count - first < W ? rows.count - first : W);
-      auto row = [&](int r) {
-        const int64_t at = first + r, j = p.plan.query_index[rows.query(at)];
-        return dq + (j * p.num_q_heads + unit.head_begin * group + at % group) * p.head_dim;
-      };
+      T* row[W];
+      for (int r = 0; r < count; ++r) row[r] = at(first + r);
       unpack_rows<B>(
           dq_lanes + first * d_pad, count, p.head_dim,
-          [&](int r, int x, V value) { S::store(row(r) + x, S::load(row(r) + x) + value); },
+          [&](int r, int x, V value) { S::store(row[r] + x, S::load(row[r] + x) + value); },
           [&](int r, int x, V value, int n) {
-            T* dst = row(r) + x;
+            T* dst = row[r] + x;
             S::store_n(dst, S::load_n(dst, n) + value, n);
           });
     }

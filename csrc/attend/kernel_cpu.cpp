@@ -8,7 +8,7 @@
 //
 //   item: rows of Q --pack--> blocks (rows in lanes)
 //         keys --KeyCursor--> tiles --copy or in place--> attend_block per block: (m, l, O) in lanes
-//         blocks --unpack, merge--> the task's row states (m, l, o[Dv]), row-major
+//         blocks --unpack, add--> the task's row states (m, l, o[Dv]), row-major
 //   task: row states --divide--> out, lse          (direct)
 //                    --as they are--> partials     (rows that other tasks touch too; merged in a second pass)
 //
@@ -36,6 +36,11 @@ struct Block {
   int64_t lane;        // first lane in the per-row arrays
   int64_t q_at, o_at;  // offsets into the packed Q and O of one head
   int32_t min_pos, max_pos, min_depth, max_depth;
+};
+
+// Row r of an item is its query r / group, head r % group of the KV head's group.
+struct ItemRow {
+  int32_t query, head, state;  // state: where the task keeps (m, l, o) of it
 };
 
 // A block's shape as a number and back, so that blocks can sit in an array.
@@ -76,7 +81,9 @@ struct Forward {
   const int64_t d_pad, dv_pad;
   // scratch of this worker
   T *o_rows, *m_rows, *l_rows;               // row states: [heads][rows][dv_pad], [heads][rows]
+  T* q_rows;                                 // [rows][d_pad]: of the task, where items list their queries
   T *q_lanes, *o_lanes, *m_lanes, *l_lanes;  // blocks: [heads][...]
+  ItemRow* item_rows;                        // [rows]
   Int *pos_lanes, *depth_lanes;
   bool* touched;  // [heads][blocks]
   Block* blocks;
@@ -104,10 +111,12 @@ struct Forward {
     take(at, o_rows, heads * rows * dv_pad);
     take(at, m_rows, heads * rows);
     take(at, l_rows, heads * rows);
+    take(at, q_rows, p.plan.item_query == nullptr ? 0 : rows * d_pad);
     take(at, q_lanes, heads * lane_capacity * d_pad);
     take(at, o_lanes, heads * lane_capacity * dv_pad);
     take(at, m_lanes, heads * lane_capacity);
     take(at, l_lanes, heads * lane_capacity);
+    take(at, item_rows, rows);
     take(at, pos_lanes, lane_capacity);
     take(at, depth_lanes, lane_capacity);
     take(at, touched, heads * block_capacity);
@@ -123,9 +132,13 @@ struct Forward {
   }
 
   // ---- item
-  // Row r of an item is its query r / group, head r % group of the KV head's group.
-  int make_blocks(const PlanItem& item, int32_t& min_query_depth) {
+  int make_blocks(const PlanTask& task, const PlanItem& item, int32_t& min_query_depth) {
     const int rows = (item.query_end - item.query_begin) * group;
+    ItemRow* row_of_item = item_rows;
+    for (int32_t i = 0; i < item.query_end - item.query_begin; ++i) {
+      const int32_t j = query_of(p.plan, item, i);
+      for (int32_t g = 0; g < group; ++g) *row_of_item++ = {j, g, (j - task.query_begin) * group + g};
+    }
     int count = 0;
     int64_t lane = 0, q_at = 0, o_at = 0;
     min_query_depth = INT32_MAX;
@@ -134,8 +147,7 @@ struct Forward {
       Block& b = blocks[count++];
       b = {shape_code<B>(), row, n, lane, q_at, o_at, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
       for (int i = 0; i < B::kWidth; ++i) {
-        const int r = i / B::P < n ? i / B::P : 0;
-        const int32_t j = query_of(p.plan, item, (row + r) / group);
+        const int32_t j = item_rows[row + (i / B::P < n ? i / B::P : 0)].query;
         const int32_t pos = p.plan.query_pos[j], depth = p.plan.query_depth[j];
         pos_lanes[lane + i] = pos;
         depth_lanes[lane + i] = depth;
@@ -152,24 +164,51 @@ struct Forward {
     return count;
   }
 
+  T query_factor() const { return static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e); }
+
   template <class E>
-  void pack_queries(const PlanItem& item, int num_blocks, int kv_head, T* dst) {
-    const T factor = static_cast<T>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e);
+  void pack_queries(int num_blocks, int kv_head, T* dst) {
     const E* base = static_cast<const E*>(p.q.data);
+    pack_blocks<E>(num_blocks, query_factor(), dst, [&](const ItemRow& row) {
+      return base + p.plan.query_index[row.query] * p.q.token + (kv_head * group + row.head) * p.q.head;
+    });
+  }
+
+  template <class E, class At>
+  void pack_blocks(int num_blocks, T factor, T* dst, At at) {
     for (int b = 0; b < num_blocks; ++b) {
       const Block& block = blocks[b];
       with_shape<S>(block.shape, [&](auto shape) {
-        pack_rows<decltype(shape), E>(dst + block.q_at, block.count, p.head_dim, factor, [&](int r) {
-          const int row = block.row + r;
-          const int32_t j = p.plan.query_index[query_of(p.plan, item, row / group)];
-          return base + j * p.q.token + (kv_head * group + row % group) * p.q.head;
-        });
+        pack_rows<decltype(shape), E>(dst + block.q_at, block.count, p.head_dim, factor,
+                                      [&](int r) { return at(item_rows[block.row + r]); });
       });
+    }
+  }
+
+  // Rows that many items read lie close together first: in q they may be kilobytes apart, in few cache sets.
+  template <class E>
+  void gather_queries(const PlanTask& task, int kv_head) {
+    const typename S::V factor = S::splat(query_factor());
+    T* dst = q_rows;
+    for (int32_t j = task.query_begin; j < task.query_end; ++j) {
+      for (int g = 0; g < group; ++g, dst += d_pad) {
+        const E* src = static_cast<const E*>(p.q.data) + p.plan.query_index[j] * p.q.token +
+                       (kv_head * group + g) * p.q.head;
+        int x = 0;
+        for (; x + N <= p.head_dim; x += N) S::store(dst + x, S::load(src + x) * factor);
+        if (x < p.head_dim) S::store(dst + x, S::load_n(src + x, p.head_dim - x) * factor);
+      }
     }
   }
 
   static int tile_keys(int rows) {  // with few rows, this tile and the next share L1
     return rows > 4 * N ? 48 : rows > N ? 24 : 12;
+  }
+  // Blocks of keys that many rows meet are not cut for a rest of a few.
+  int tile_keys(const PlanItem& item) const {
+    const int rows = (item.query_end - item.query_begin) * group, limit = tile_keys(rows);
+    if (rows <= 4 * N || item.segment_end - item.segment_begin != 1) return limit;
+    return p.plan.segment[item.segment_begin].length <= kMaxTileKeys ? kMaxTileKeys : limit;
   }
 
   // K or V of the tile at work: in place, packed ahead while the tile before it was at work, or packed now.
@@ -188,17 +227,20 @@ struct Forward {
   void run_item(const PlanTask& task, int32_t index, const AttendUnit& unit) {
     const PlanItem& item = p.plan.item[index];
     int32_t min_query_depth = 0;
-    const int num_blocks = make_blocks(item, min_query_depth);
-    const int rows = (item.query_end - item.query_begin) * group;
+    const int num_blocks = make_blocks(task, item, min_query_depth);
     const int heads = unit.head_count;
     const int64_t q_head = lane_capacity * d_pad, o_head = lane_capacity * dv_pad;
-    for (int h = 0; h < heads; ++h) {
-      with_element<T>(p.dtype, [&]<class E>(E) {
-        pack_queries<E>(item, num_blocks, unit.head_begin + h, q_lanes + h * q_head);
-      });
+    if (p.plan.item_query != nullptr) {
+      pack_blocks<T>(num_blocks, T(1), q_lanes,
+                     [&](const ItemRow& row) { return q_rows + row.state * d_pad; });
+    } else {
+      for (int h = 0; h < heads; ++h) {
+        with_element<T>(p.dtype, [&]<class E>(E) {
+          pack_queries<E>(num_blocks, unit.head_begin + h, q_lanes + h * q_head);
+        });
+      }
     }
-    for (int64_t i = 0; i < heads * lane_capacity; ++i) m_lanes[i] = T(kEmptyMax), l_lanes[i] = 0;
-    for (int64_t i = 0; i < heads * block_capacity; ++i) touched[i] = false;
+    for (int h = 0; h < heads; ++h) load_states(num_blocks, h);
 
     // Blocks share out the rows of the tile that comes next: each asks for its part while it multiplies, and
     // the part is packed when the block is done. So the pool is read evenly, and rows do not wait in caches
@@ -207,7 +249,7 @@ struct Forward {
     const bool v_in_place = streams_in_place<S>(p.v, p.dtype, p.v_head_dim);
     const int widest = p.head_dim > p.v_head_dim ? p.head_dim : p.v_head_dim;
     const int lines = static_cast<int>((widest * element_size(p.dtype) + 63) / 64);
-    const int limit = tile_keys(rows);
+    const int limit = tile_keys(item);
     KeyCursor cursor(p.plan, item, p.window, min_query_depth);
     KeyTile *tile = tiles, *next = tiles + 1;
     bool more = cursor.next(*tile, limit);
@@ -216,8 +258,7 @@ struct Forward {
       bool known = more;  // the tile after this one, be it of the next item
       if (!more && index + 1 < task.item_end && p.window <= 0) {
         const PlanItem& after = p.plan.item[index + 1];
-        known = KeyCursor(p.plan, after, 0, 0)
-                    .next(*next, tile_keys((after.query_end - after.query_begin) * group));
+        known = KeyCursor(p.plan, after, 0, 0).next(*next, tile_keys(after));
       }
       for (int h = 0; h < heads; ++h) {
         const int head = unit.head_begin + h;
@@ -266,42 +307,52 @@ struct Forward {
       tile = next;
       next = done;
     }
-    for (int h = 0; h < heads; ++h) merge_item(task, item, num_blocks, h, o_lanes + h * o_head);
+    for (int h = 0; h < heads; ++h) add_item(num_blocks, h, o_lanes + h * o_head);
   }
 
-  // (m, l, O) of the item's blocks into the row states.
-  void merge_item(const PlanTask& task, const PlanItem& item, int num_blocks, int h, const T* o_head) {
+  // The rows' running maxima and sums into the lanes of their blocks; what the item adds to o starts at 0.
+  void load_states(int num_blocks, int h) {
+    const T *m = m_rows + h * rows_capacity, *l = l_rows + h * rows_capacity;
+    for (int b = 0; b < num_blocks; ++b) {
+      const Block& block = blocks[b];
+      touched[h * block_capacity + b] = false;
+      const int64_t lane = h * lane_capacity + block.lane;
+      with_shape<S>(block.shape, [&](auto shape) {
+        using B = decltype(shape);
+        for (int i = 0; i < B::kWidth; ++i) {
+          const int32_t at = item_rows[block.row + (i / B::P < block.count ? i / B::P : 0)].state;
+          m_lanes[lane + i] = m[at];
+          l_lanes[lane + i] = l[at];
+        }
+      });
+    }
+  }
+
+  // What the item's blocks have found, into the row states: o' = 2^(m - m') o + O.
+  void add_item(int num_blocks, int h, const T* o_head) {
+    T *m = m_rows + h * rows_capacity, *l = l_rows + h * rows_capacity,
+      *o = o_rows + h * rows_capacity * dv_pad;
     for (int b = 0; b < num_blocks; ++b) {
       const Block& block = blocks[b];
       if (!touched[h * block_capacity + b]) continue;
+      const int64_t lane = h * lane_capacity + block.lane;
       with_shape<S>(block.shape, [&](auto shape) {
         using B = decltype(shape);
-        T old_weight[B::kRows], new_weight[B::kRows];
-        int64_t state[B::kRows];
-        for (int r = 0; r < block.count; ++r) {
-          const T m_new = m_lanes[h * lane_capacity + block.lane + r * B::P];
-          const T l_new = l_lanes[h * lane_capacity + block.lane + r * B::P];
-          const int row = block.row + r;
-          state[r] = h * rows_capacity +
-                     (query_of(p.plan, item, row / group) - task.query_begin) * int64_t{group} + row % group;
-          T& m = m_rows[state[r]];
-          T& l = l_rows[state[r]];
-          const T top = m_new > m ? m_new : m;
-          old_weight[r] = exp2_scalar(m - top);
-          new_weight[r] = exp2_scalar(m_new - top);
-          l = l == 0 ? l_new * new_weight[r] : l * old_weight[r] + l_new * new_weight[r];
-          m = top;
+        const ItemRow* row = item_rows + block.row;
+        alignas(64) T weight[B::kWidth];
+        for (int i = 0; i < B::kWidth; ++i) weight[i] = m[row[i / B::P < block.count ? i / B::P : 0].state];
+        for (int i = 0; i < B::kWidth; i += N) {
+          S::store(weight + i, S::exp2(S::load(weight + i) - S::load(m_lanes + lane + i)));
         }
-        unpack_rows<B>(
-            o_head + block.o_at, block.count, p.v_head_dim,
-            [&](int r, int x, typename S::V value) {
-              T* dst = o_rows + state[r] * dv_pad + x;
-              S::store(dst, S::load(dst) * old_weight[r] + value * new_weight[r]);
-            },
-            [&](int r, int x, typename S::V value, int) {
-              T* dst = o_rows + state[r] * dv_pad + x;
-              S::store(dst, S::load(dst) * old_weight[r] + value * new_weight[r]);
-            });
+        for (int r = 0; r < block.count; ++r) {
+          m[row[r].state] = m_lanes[lane + r * B::P];
+          l[row[r].state] = l_lanes[lane + r * B::P];
+        }
+        const auto add = [&](int r, int x, typename S::V value, int = N) {
+          T* dst = o + row[r].state * dv_pad + x;
+          S::store(dst, S::load(dst) * weight[r * B::P] + value);
+        };
+        unpack_rows<B>(o_head + block.o_at, block.count, p.v_head_dim, add, add);
       });
     }
   }
@@ -316,6 +367,9 @@ struct Forward {
     for (int64_t i = 0; i < unit.head_count * rows_capacity; ++i) m_rows[i] = T(kEmptyMax), l_rows[i] = 0;
     for (int h = 0; h < unit.head_count; ++h) {
       std::memset(o_rows + h * rows_capacity * dv_pad, 0, sizeof(T) * static_cast<size_t>(rows * dv_pad));
+    }
+    if (p.plan.item_query != nullptr) {
+      with_element<T>(p.dtype, [&]<class E>(E) { gather_queries<E>(task, unit.head_begin); });
     }
     for (int i = task.item_begin; i < task.item_end; ++i) run_item(task, i, unit);
     for (int h = 0; h < unit.head_count; ++h) {

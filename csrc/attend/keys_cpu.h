@@ -8,7 +8,7 @@
 
 namespace palmette::PALMETTE_ISA_NS {
 
-constexpr int kMaxTileKeys = 48;
+constexpr int kMaxTileKeys = 64;
 
 // The i-th query of an item.
 PALMETTE_INLINE int32_t query_of(const PlanView& plan, const PlanItem& item, int32_t i) {

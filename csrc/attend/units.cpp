@@ -54,7 +54,7 @@ std::vector<AttendUnit> forward_units(const AttendParams& p) {
       units.push_back({t, t + 1, task.kv_head, 1, 0});
       continue;
     }
-    const int64_t heads = heads_at_a_time(p, task);
+    const int64_t heads = p.plan.item_query != nullptr ? 1 : heads_at_a_time(p, task);
     const int64_t parts = (p.num_kv_heads + heads - 1) / heads;
     for (int64_t i = 0; i < parts; ++i) {
       const auto begin = static_cast<int32_t>(i * p.num_kv_heads / parts),

@@ -65,15 +65,20 @@ PALMETTE_INLINE void pack_rows(typename B::S::Scalar* dst, int count, int d, typ
   V f = S::splat(factor);
   for (int u = 0; u < B::NU; ++u) {
     const int first = u * R;
+    const E* rows[R];
+    for (int r = 0; r < R; ++r) {
+      rows[r] = first < count ? static_cast<const E*>(row(first + r < count ? first + r : first)) : nullptr;
+    }
     for (int x = 0; x < d; x += N) {
       V m[R];
+      if (first + R <= count && x + N <= d) {
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        if (first + r >= count) {
-          m[r] = S::zero();
-        } else {
-          const E* p = static_cast<const E*>(row(first + r)) + x;
-          m[r] = (x + N <= d ? S::load(p) : S::load_n(p, d - x)) * f;
+        for (int r = 0; r < R; ++r) m[r] = S::load(rows[r] + x) * f;
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          m[r] = first + r >= count ? S::zero()
+                                    : (x + N <= d ? S::load(rows[r] + x) : S::load_n(rows[r] + x, d - x)) * f;
         }
       }
       S::template transpose<P>(m);
@@ -104,6 +109,11 @@ PALMETTE_INLINE void unpack_rows(const typename B::S::Scalar* src, int count, in
       for (int r = 0; r < R; ++r)
         m[r] = r < left ? S::load(src + (x / P + r) * B::kWidth + u * N) : S::zero();
       S::template transpose<P>(m);
+      if (first + R <= count && x + N <= d) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sink(first + r, x, m[r]);
+        continue;
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         if (first + r >= count) continue;

@@ -49,7 +49,7 @@ class SelectionPlanner {
   int32_t max_task_queries = 0;
 
   void run(const Selection& s, const IntArray& q_indptr, const IntArray& kv_indptr,
-           const KeyStarts& key_start, int32_t tile_queries) {
+           const KeyStarts& key_start, int32_t min_tile, int32_t max_tile) {
     segment.clear(), item.clear(), task.clear(), item_query.clear();
     max_task_queries = 0;
     for (int64_t b = 0; b + 1 < q_indptr.size; ++b) {
@@ -58,7 +58,12 @@ class SelectionPlanner {
                               static_cast<int32_t>(kv_indptr[b + 1] - kv_indptr[b]),
                               static_cast<int32_t>(segment.size())};
       add_blocks(sequence, static_cast<int32_t>(s.block_size));
-      const int32_t tiles = (sequence.num_queries + tile_queries - 1) / tile_queries;
+      // So many queries that a block meets min_tile of them, were choices spread evenly. By sequence: what
+      // one is packed with does not change its result.
+      const int64_t wanted =
+          int64_t{min_tile} * sequence.num_blocks(s.block_size) / std::max<int64_t>(1, s.slots);
+      const auto tile = static_cast<int32_t>(std::clamp<int64_t>(wanted, min_tile, max_tile));
+      const int32_t tiles = (sequence.num_queries + tile - 1) / tile;
       for (int32_t t = 0; t < tiles; ++t) {
         const auto cut = [&](int32_t i) {
           return sequence.query + static_cast<int32_t>(int64_t{i} * sequence.num_queries / tiles);
@@ -123,15 +128,17 @@ using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, T
 
 // Capacities come from the caller, as in plan_varlen. Returns what that does, and item_query.
 PlanTensors plan_selection(const Tensor& block_index, const Tensor& q_indptr, const Tensor& kv_indptr,
-                           int64_t num_keys, int64_t block_size, int64_t tile_queries,
-                           int64_t segment_capacity, int64_t item_capacity, int64_t task_capacity,
-                           const std::optional<Tensor>& key_start) {
+                           int64_t num_keys, int64_t block_size, int64_t min_tile_queries,
+                           int64_t max_tile_queries, int64_t segment_capacity, int64_t item_capacity,
+                           int64_t task_capacity, const std::optional<Tensor>& key_start) {
   check_cpu(block_index, "block_index");
   check_dtype(block_index, "block_index", {ScalarType::Int});
   check_dim(block_index, "block_index", "[Hk, Nq, n]", 3);
   check_contiguous(block_index, "block_index");
   check(block_size > 0 && block_size <= INT_MAX, "block_size must be at least 1, got ", block_size);
-  check(tile_queries > 0 && tile_queries <= INT_MAX, "tile_queries must be at least 1, got ", tile_queries);
+  check(min_tile_queries > 0 && min_tile_queries <= max_tile_queries && max_tile_queries <= INT_MAX,
+        "min_tile_queries must be at least 1 and at most max_tile_queries, got ", min_tile_queries, " and ",
+        max_tile_queries);
   check(block_index.numel() <= INT_MAX, "block_index must have at most ", INT_MAX, " entries, got ",
         block_index.numel());
   check(num_keys <= INT_MAX, "k must be of less than 2^31 rows, got ", num_keys);
@@ -144,7 +151,8 @@ PlanTensors plan_selection(const Tensor& block_index, const Tensor& q_indptr, co
   thread_local SelectionPlanner planner;
   planner.run({static_cast<const int32_t*>(block_index.data_ptr()), block_index.size(0), num_queries,
                block_index.size(2), block_size},
-              q, kv, key_starts(key_start, "key_start", kv, num_keys), static_cast<int32_t>(tile_queries));
+              q, kv, key_starts(key_start, "key_start", kv, num_keys), static_cast<int32_t>(min_tile_queries),
+              static_cast<int32_t>(max_tile_queries));
   const auto needed = [](int64_t count, int64_t capacity, const char* name) {
     check(count <= capacity, name, " must be at least ", count, ", got ", capacity);
   };

@@ -10,7 +10,7 @@
 //   q of each head --pack--> lanes (queries in lanes)
 //   compressed keys, 48 at a time: S [keys][queries] of a head -> p += exp2(S - lse), head after head
 //     p --each key's strides--> score [blocks][queries]
-//   score --per query: insertion into the best so far--> block_index
+//   score --insertion into the best so far, queries in lanes--> block_index
 //
 // Heads come one after the other into the same lanes, so the sum over a group is vertical. Scores live in the
 // scratch of a worker, a tile at a time.
@@ -31,15 +31,17 @@ struct Select {
   using Int = typename S::Int;
   using V = typename S::V;
   using B = BlockShape<S, 2, 1>;
-  static constexpr int W = B::kWidth, kKeys = kMaxTileKeys, kLanes = kSelectQueries, kBlocks = kLanes / W;
-  static_assert(kLanes % W == 0);
+  static constexpr int W = B::kWidth, kKeys = 48, kLanes = kSelectQueries, kBlocks = kLanes / W;
+  static_assert(kLanes % W == 0 && kKeys <= kMaxTileKeys);
+
+  static constexpr Int kNone = INT32_MAX;  // behind every block
 
   const SelectParams& p;
   const int group;
   T *q_lanes, *lse, *prob, *weight, *k_tile,
-      *score;       // [group][blocks][D][W], [group][lanes], [keys][lanes] ..
-  T* best;          // [topk]: of one query, falling
-  int32_t* chosen;  // [topk]: their blocks
+      *score;   // [group][blocks][D][W], [group][lanes], [keys][lanes] ..
+  T* best;      // [topk][vector], falling
+  Int* chosen;  // [topk][vector]: their blocks
 
   explicit Select(const SelectParams& params) : p(params), group(params.num_q_heads / params.num_kv_heads) {}
 
@@ -50,8 +52,8 @@ struct Select {
     take(at, weight, kKeys * kLanes);
     take(at, k_tile, kKeys * packed_stride<S>(p.head_dim));
     take(at, score, int64_t{p.max_blocks + 1} * kLanes);
-    take(at, best, p.topk);
-    take(at, chosen, p.topk);
+    take(at, best, int64_t{p.topk} * S::kLanes);
+    take(at, chosen, int64_t{p.topk} * S::kLanes);
     return at;
   }
 
@@ -125,33 +127,66 @@ struct Select {
     }
   }
 
-  // The best of a query's blocks that are not taken in any case.
-  void choose(const SelectTile& t, int kv_head, int lane) {
-    const int32_t own = own_block(t, lane);
-    const int32_t init = p.init_blocks < own + 1 ? p.init_blocks : own + 1;  // blocks [0, init) are taken,
-    const int32_t local =
-        own + 1 - p.local_blocks > init ? own + 1 - p.local_blocks : init;  // [local, own] too
-    const int32_t room = p.topk - init - (own + 1 - local);
-    int32_t count = 0;
-    for (int32_t j = init; j < local && room > 0; ++j) {
-      const T value = score[int64_t{j} * kLanes + lane];
-      // not "<=": a block whose score is NaN is never better
-      if (!(count < room ? value == value : value > best[count - 1])) continue;
-      int32_t at = count < room ? count++ : count - 1;
-      for (; at > 0 && value > best[at - 1]; --at) best[at] = best[at - 1], chosen[at] = chosen[at - 1];
-      best[at] = value, chosen[at] = j;
+  // The blocks of a vector of queries. Of those that see more than topk blocks: [0, init) and [local, own]
+  // are taken, and the best `room` of the others.
+  void choose(const SelectTile& t, int kv_head, int first) {
+    const int count = t.num_queries - first < S::kLanes ? t.num_queries - first : S::kLanes;
+    const int32_t last = own_block(t, first + count - 1);
+    const int32_t room = last < p.topk ? 0 : p.topk - p.init_blocks - p.local_blocks;
+    if (room > 0) find_best(t, first, last, room);
+    for (int x = 0; x < count; ++x) {
+      int32_t* out = p.block_index + (int64_t{kv_head} * p.num_queries + t.query + first + x) * p.topk;
+      int32_t* const end = out + p.topk;
+      const int32_t own = own_block(t, first + x);
+      if (own < p.topk) {
+        for (int32_t j = 0; j <= own; ++j) *out++ = j;
+      } else {
+        for (int32_t j = 0; j < p.init_blocks; ++j) *out++ = j;
+        for (int32_t i = 0; i < room && chosen[i * S::kLanes + x] != kNone; ++i) {
+          *out++ = static_cast<int32_t>(chosen[i * S::kLanes + x]);
+        }
+        for (int32_t j = own + 1 - p.local_blocks; j <= own; ++j) *out++ = j;
+      }
+      while (out < end) *out++ = -1;
     }
-    int32_t* out = p.block_index + (int64_t{kv_head} * p.num_queries + t.query + lane) * p.topk;
-    for (int32_t j = 0; j < init; ++j) *out++ = j;
-    for (int32_t i = 1; i < count; ++i) {  // into ascending order
-      const int32_t block = chosen[i];
-      int32_t at = i;
-      for (; at > 0 && chosen[at - 1] > block; --at) chosen[at] = chosen[at - 1];
-      chosen[at] = block;
+  }
+
+  // Ascending, kNone behind them. A block whose score is NaN is never better than another.
+  void find_best(const SelectTile& t, int first, int32_t last, int32_t room) {
+    using I = typename S::I;
+    constexpr int N = S::kLanes;
+    alignas(64) Int local[N];
+    for (int x = 0; x < N; ++x) local[x] = own_block(t, first + x) + 1 - p.local_blocks;
+    for (int32_t i = 0; i < room; ++i) {
+      S::store(best + i * N, S::splat(-INFINITY));
+      S::store_int(chosen + i * N, S::splat_int(kNone));
     }
-    for (int32_t i = 0; i < count; ++i) *out++ = chosen[i];
-    for (int32_t j = local; j <= own; ++j) *out++ = j;
-    for (int32_t i = init + count + (own + 1 - local); i < p.topk; ++i) *out++ = -1;
+    const I end = S::load_int(local);
+    for (int32_t j = p.init_blocks; j <= last; ++j) {
+      V value = S::load(score + int64_t{j} * kLanes + first);
+      I block = S::splat_int(j), better = (value > S::load(best + (room - 1) * N)) & (block < end);
+      if (!S::any(better)) continue;
+      value = S::select(better, value, S::splat(-INFINITY));
+      better = S::splat_int(0);
+      for (int32_t i = 0; i < room; ++i) {  // equal ones stay in front, what has been moved moves the rest
+        const V old = S::load(best + i * N);
+        const I old_block = S::load_int(chosen + i * N);
+        better |= value > old;
+        S::store(best + i * N, S::select(better, value, old));
+        S::store_int(chosen + i * N, better ? block : old_block);
+        value = S::select(better, old, value);
+        block = better ? old_block : block;
+      }
+    }
+    for (int32_t n = room; n > 1; --n) {
+      I most = S::load_int(chosen);
+      for (int32_t i = 1; i < n; ++i) {
+        const I next = S::load_int(chosen + i * N);
+        S::store_int(chosen + (i - 1) * N, next < most ? next : most);
+        most = next < most ? most : next;
+      }
+      S::store_int(chosen + (n - 1) * N, most);
+    }
   }
 
   void run_unit(int32_t unit) {
@@ -167,7 +202,7 @@ struct Select {
         add_scores(first, n);
       }
     }
-    for (int lane = 0; lane < t.num_queries; ++lane) choose(t, kv_head, lane);
+    for (int lane = 0; lane < t.num_queries; lane += S::kLanes) choose(t, kv_head, lane);
   }
 };
 

@@ -9,6 +9,7 @@ prefill in chunks), ``cu_seqlens_k`` says the same of k. All functions also run 
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -29,9 +30,14 @@ from palmette._varlen import plan_sequences
 
 _ops = torch.ops.palmette
 
-# Rows of q (queries and heads) that a block of keys should meet at once, and the queries of a tile.
-_ROWS_PER_BLOCK = 16
-_TILE_QUERIES = {"cpu": (64, 1024), "gpu": (1, 64)}
+# On a CPU: rows of q (queries and heads) that a block of keys should meet at once, and the bytes that q and
+# out of a tile of queries may take, a share of the last cache (docs/performance.md, "Sparse attention"). On a
+# GPU: rows of a tile.
+_ROWS_PER_BLOCK = 64
+_TILE_BYTES = 2 << 20
+_TILE_ROWS_GPU = 64
+# On a CPU: K and V are laid out head by head first where every key is read so often at least.
+_READS_OF_A_COPY = 8
 
 
 def compress(
@@ -82,15 +88,53 @@ def compress(
                 f"weight must be [Hk, kernel_size] or [Hk, kernel_size * D, D'] = [{heads}, "
                 f"{kernel_size * dim}, D'], got {list(weight.shape)}"
             )
-    windows, ends = _windows(x, cu_seqlens, kernel_size, kernel_stride)
+    starts = _starts("cu_seqlens", cu_seqlens, x.shape[0], "rows of x")
+    counts = _compressed_lengths(starts, kernel_size, kernel_stride)
+    parts = [
+        _compress_one(
+            x[begin : begin + (n - 1) * kernel_stride + kernel_size], weight, kernel_size, kernel_stride
+        )
+        for begin, n in zip(starts, counts, strict=False)
+        if n > 0
+    ]
+    width = dim if weight is None or weight.dim() == 2 else weight.shape[2]
+    y = torch.cat(parts) if parts else x.new_zeros(0, heads, width)
     if position is not None:
-        windows = windows + position.transpose(1, 2)
+        y = y + _compress_one(position.transpose(0, 1), weight, kernel_size, kernel_size)
+    return y, _ends(counts)
+
+
+def _compress_one(x: Tensor, weight: Tensor | None, size: int, stride: int) -> Tensor:
+    """Of one sequence x [(C - 1) * stride + size, Hk, D], which ends with its last block: [C, Hk, D'].
+
+    Blocks that overlap share their strides: each stride is summed, or mapped, once per place that it can have
+    in a block, and tokens are not copied block by block.
+    """
+    unit = math.gcd(size, stride)
+    heads, dim = x.shape[1:]
     if weight is None:
-        return windows.mean(-1), ends
-    if weight.dim() == 2:
-        return torch.einsum("chds,hs->chd", windows, weight), ends
-    rows = windows.permute(1, 0, 3, 2).reshape(heads, windows.shape[0], kernel_size * dim)
-    return torch.bmm(rows, weight).transpose(0, 1), ends
+        rows = x.unflatten(0, (-1, unit)).sum(1)  # [units, Hk, D]
+    elif weight.dim() == 2:
+        rows = x.unflatten(0, (-1, unit))  # [units, unit, Hk, D]
+        weight = weight.unflatten(1, (-1, unit))
+    else:
+        rows = x.transpose(0, 1).reshape(heads, -1, unit * dim)  # [Hk, units, unit * D]
+        weight = weight.unflatten(1, (-1, unit * dim))
+    step, last = stride // unit, (x.shape[0] - size) // unit + 1
+    y: Tensor | None = None
+    for place in range(size // unit):
+        taken = slice(place, place + last, step)
+        if weight is None:
+            part = rows[taken]
+        elif weight.dim() == 3:
+            part = torch.einsum("cthd,ht->chd", rows[taken], weight[:, place])
+        else:
+            part = torch.bmm(rows[:, taken], weight[:, place])
+        y = part if y is None else y + part
+    assert y is not None  # size >= unit
+    if weight is None:
+        return y / size
+    return y if weight.dim() == 3 else y.transpose(0, 1)
 
 
 def blocks_of_tokens(
@@ -122,9 +166,12 @@ def _windows(x: Tensor, cu_seqlens: Tensor, kernel_size: int, kernel_stride: int
         for begin, end in itertools.pairwise(starts)
         if end - begin >= kernel_size
     ]
-    counts = _compressed_lengths(starts, kernel_size, kernel_stride)
-    ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    ends = _ends(_compressed_lengths(starts, kernel_size, kernel_stride))
     return torch.cat(blocks) if blocks else x.new_zeros(0, *x.shape[1:], kernel_size), ends
+
+
+def _ends(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def compressed_attention(
@@ -314,7 +361,9 @@ def selected_attention(
         )
     queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
     starts = _key_starts("k_starts", k_starts, q)
-    plan = _plan_selection(q, k, block_index, queries, tokens, starts, block_size)
+    plan = _plan_selection(q, k, block_index, queries, tokens, starts, block_size, v.shape[2])
+    if q.device.type == "cpu" and block_index.numel() * block_size >= _READS_OF_A_COPY * k.shape[:2].numel():
+        k, v = _heads_first(k), _heads_first(v)
     out, lse = attend(q, k, v, plan_tensors(plan), scale=scale, item_query=plan[8])
     return (out, lse) if return_lse else out
 
@@ -365,18 +414,22 @@ def _plan_selection(
     tokens: Tensor,
     starts: Tensor | None,
     block_size: int,
+    v_head_dim: int,
 ) -> tuple[Tensor, ...]:
     """The nine tables of a plan for chosen blocks, on the device of q."""
     heads, num_queries, slots = block_index.shape
     num_keys, sequences = k.shape[0], queries.shape[0] - 1
-    on_cpu = q.device.type == "cpu"
-    blocks = num_keys // block_size + 1
-    least, most = _TILE_QUERIES["cpu" if on_cpu else "gpu"]
+    least = most = _TILE_ROWS_GPU
+    if q.device.type == "cpu":
+        least, most = _ROWS_PER_BLOCK, _TILE_BYTES // (4 * (q.shape[2] + v_head_dim))
     group = q.shape[1] // heads
-    wanted = _ROWS_PER_BLOCK * blocks // max(1, slots * group) if on_cpu else 64 // group
-    tile = min(max(wanted, least), most)
-    tasks = (num_queries // tile + sequences) * heads
-    items = min(block_index.numel(), tasks * blocks)
+    least = max(1, least // group)
+    most = max(least, most // group)
+    blocks = num_keys // block_size + 1
+    # with starts, sequences may share rows
+    segments = blocks * sequences if starts is not None else num_keys // block_size + sequences
+    # A tile of a sequence of B blocks is least * B / slots queries, rounded down, within [least, most].
+    items = heads * (2 * num_queries * slots // least + num_queries * blocks // most + segments)
     plan: tuple[Tensor, ...] = _library.call(
         _ops.plan_selection.default,
         block_index.detach().cpu().contiguous(),
@@ -384,14 +437,19 @@ def _plan_selection(
         tokens,
         num_keys,
         block_size,
-        tile,
-        # with starts, sequences may share rows
-        blocks * sequences if starts is not None else num_keys // block_size + sequences,
-        items,
-        tasks,
+        least,
+        most,
+        segments,
+        min(block_index.numel(), items),
+        (num_queries // least + sequences) * heads,
         starts,
     )
     return on_device(plan, q.device)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """x [T, heads, D], equal, with the rows of a head behind each other in memory."""
+    return x if x.stride(0) < x.stride(1) else x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 # ---- checks
@@ -496,7 +554,8 @@ def _plan_selection_fake(
     kv_indptr: Tensor,
     num_keys: int,
     block_size: int,
-    tile_queries: int,
+    min_tile_queries: int,
+    max_tile_queries: int,
     segment_capacity: int,
     item_capacity: int,
     task_capacity: int,
