@@ -12,8 +12,9 @@
 //     p --each key's strides--> score [blocks][queries]
 //   score --insertion into the best so far, queries in lanes--> block_index
 //
-// Heads come one after the other into the same lanes, so the sum over a group is vertical. Scores live in the
-// scratch of a worker, a tile at a time.
+// Heads come one after the other into the same lanes, so the sum over a group is vertical; where a tile has
+// few queries, as in decoding, its queries and heads fill the lanes together. Scores live in the scratch of a
+// worker, a tile at a time.
 #include <cmath>
 
 #include "attend/block_cpu.h"
@@ -35,6 +36,7 @@ struct Select {
   static_assert(kLanes % W == 0 && kKeys <= kMaxTileKeys);
 
   static constexpr Int kNone = INT32_MAX;  // behind every block
+  static constexpr int kFewQueries = 8;
 
   const SelectParams& p;
   const int group;
@@ -46,8 +48,8 @@ struct Select {
   explicit Select(const SelectParams& params) : p(params), group(params.num_q_heads / params.num_kv_heads) {}
 
   char* layout(char* at) {
-    take(at, q_lanes, int64_t{group} * kLanes * p.head_dim);
-    take(at, lse, int64_t{group} * kLanes);
+    take(at, q_lanes, (int64_t{group} * kLanes + 3 * S::kLanes) * (p.head_dim + S::kLanes));
+    take(at, lse, int64_t{group} * kLanes + 3 * S::kLanes);
     take(at, prob, kKeys * W);
     take(at, weight, kKeys * kLanes);
     take(at, k_tile, kKeys * packed_stride<S>(p.head_dim));
@@ -61,9 +63,41 @@ struct Select {
   int64_t last_token(int64_t key) const { return (key + p.key_strides) * p.stride - 1; }
   int32_t own_block(const SelectTile& t, int i) const { return (t.token + i) / (p.block_strides * p.stride); }
 
+  bool few(const SelectTile& t) const { return t.num_queries <= kFewQueries; }
+
+  // Row r of a tile of few queries is head r % group of query r / group. f(shape, first row, rows, lane).
+  template <class F>
+  void for_each_row_block(const SelectTile& t, F&& f) {
+    int64_t lane = 0;
+    for_each_block<S>(t.num_queries * group, [&](auto shape, int row, int count) {
+      f(shape, row, count, lane);
+      lane += decltype(shape)::kWidth;
+    });
+  }
+
+  T lse_of(int32_t query, int head) const {
+    const T l = static_cast<const T*>(p.lse)[int64_t{query} * p.num_q_heads + head];
+    return l == -T(INFINITY) ? T(INFINITY) : l * T(kLog2e);  // saw no key: p = 0
+  }
+
   template <class E>
   void pack(const SelectTile& t, int kv_head) {
     const E* base = static_cast<const E*>(p.q.data);
+    if (few(t)) {
+      for_each_row_block(t, [&](auto shape, int row, int count, int64_t lane) {
+        using Block = decltype(shape);
+        pack_rows<Block, E>(q_lanes + lane * (p.head_dim + S::kLanes), count, p.head_dim,
+                            static_cast<T>(p.scale * kLog2e), [&](int r) {
+                              return base + (t.query + (row + r) / group) * p.q.token +
+                                     (kv_head * group + (row + r) % group) * p.q.head;
+                            });
+        for (int i = 0; i < Block::kWidth; ++i) {
+          const int r = row + (i / Block::P < count ? i / Block::P : 0);
+          lse[lane + i] = lse_of(t.query + r / group, kv_head * group + r % group);
+        }
+      });
+      return;
+    }
     for (int g = 0; g < group; ++g) {
       const int head = kv_head * group + g;
       for (int b = 0; b < kBlocks; ++b) {
@@ -73,10 +107,7 @@ struct Select {
                         [&](int r) { return base + (t.query + b * W + r) * p.q.token + head * p.q.head; });
       }
       for (int i = 0; i < kLanes; ++i) {
-        const T l = i < t.num_queries
-                        ? static_cast<const T*>(p.lse)[int64_t{t.query + i} * p.num_q_heads + head]
-                        : -T(INFINITY);
-        lse[g * kLanes + i] = l == -T(INFINITY) ? T(INFINITY) : l * T(kLog2e);  // saw no key: p = 0
+        lse[g * kLanes + i] = i < t.num_queries ? lse_of(t.query + i, head) : T(INFINITY);
       }
     }
   }
@@ -98,7 +129,24 @@ struct Select {
   // weight [keys][lanes] = p of keys [first, first + n), 0 where a query does not see one.
   void find_weights(const SelectTile& t, const TileView<T>& k, int64_t first, int n) {
     std::memset(weight, 0, sizeof(T) * static_cast<size_t>(n * kLanes));
-    for (int b = 0; b * W < t.num_queries; ++b) {
+    if (few(t)) {
+      for_each_row_block(t, [&](auto shape, int row, int count, int64_t lane) {
+        using Block = decltype(shape);
+        scores<Block>(k, n, q_lanes + lane * (p.head_dim + S::kLanes), p.head_dim, prob, Block::kWidth);
+        for (int u = 0; u < Block::kWidth; u += S::kLanes) {
+          const V l = S::load(lse + lane + u);
+          for (int i = 0; i < n; ++i) {
+            T* at = prob + i * Block::kWidth + u;
+            S::store(at, S::exp2(S::template sum_granule<Block::P>(S::load(at)) - l));
+          }
+        }
+        for (int r = 0; r < count; ++r) {
+          const int query = (row + r) / group;
+          for (int i = 0; i < n; ++i) weight[i * kLanes + query] += prob[i * Block::kWidth + r * Block::P];
+        }
+      });
+    }
+    for (int b = 0; !few(t) && b * W < t.num_queries; ++b) {
       for (int g = 0; g < group; ++g) {
         scores<B>(k, n, q_lanes + (g * kBlocks + b) * int64_t{W} * p.head_dim, p.head_dim, prob, W);
         for (int u = 0; u < 2; ++u) {

@@ -497,14 +497,18 @@ def _sequences(
     tokens = check_indptr("cu_seqlens_k", cu_seqlens_k, q.device)
     check_shape("cu_seqlens_k", tokens, "[B + 1] like cu_seqlens", queries.shape)
     if not torch.compiler.is_compiling():
-        short = (tokens.diff() < queries.diff()).nonzero()
-        if len(short):
-            b = int(short[0])
-            raise ValueError(
-                f"cu_seqlens_k must give a sequence at least its queries, got {int(tokens.diff()[b])} tokens "
-                f"for {int(queries.diff()[b])} queries of sequence {b}"
-            )
+        for b, (n, m) in enumerate(zip(_lengths(queries), _lengths(tokens), strict=True)):
+            if m < n:
+                raise ValueError(
+                    f"cu_seqlens_k must give a sequence at least its queries, got {m} tokens for {n} queries "
+                    f"of sequence {b}"
+                )
     return queries, tokens
+
+
+def _lengths(indptr: Tensor) -> list[int]:
+    starts = indptr.tolist()  # a step of decoding has no time for tensors of a few elements
+    return [end - begin for begin, end in itertools.pairwise(starts)]
 
 
 def _compressed_lengths(starts: list[int], kernel_size: int, kernel_stride: int) -> list[int]:
@@ -519,7 +523,7 @@ def _check_compressed(tokens: Tensor, keys: Tensor, kernel_size: int, kernel_str
         return
     check_shape("cu_seqlens_cmp", keys, "[B + 1] like cu_seqlens", tokens.shape)
     wanted = _compressed_lengths(tokens.tolist(), kernel_size, kernel_stride)
-    got = keys.diff().tolist()
+    got = _lengths(keys)
     if got != wanted:
         b = next(i for i, (a, c) in enumerate(zip(got, wanted, strict=True)) if a != c)
         raise ValueError(

@@ -205,7 +205,8 @@ class SparseBranches(nn.Module):
         # compressed keys, which are turned as if they stood where their blocks begin
         k_cmp, made = self._compress("key", keys[0], cu_seqlens, counts, cache)
         v_cmp, _ = self._compress("value", values[0], cu_seqlens, counts, cache)
-        k_cmp = self.rope(k_cmp, self.kernel_stride * packed_positions(past_cmp, made).to(x.device))
+        if any(made):
+            k_cmp = self.rope(k_cmp, self.kernel_stride * packed_positions(past_cmp, made).to(x.device))
         k_cmp, v_cmp = remember("k_cmp", k_cmp, past_cmp, made), remember("v_cmp", v_cmp, past_cmp, made)
         lengths, lengths_cmp = (
             [a + n for a, n in zip(before, new, strict=True)]
@@ -282,7 +283,7 @@ class SparseBranches(nn.Module):
             return compress(raw, weight, position, raw_ends, **sizes)
 
         if cache is not None:
-            return cache.compress(which, x, counts, self.kernel_stride, run)
+            return cache.compress(which, x, counts, self.kernel_size, self.kernel_stride, run)
         y, y_ends = run(x, ends)
         return y, y_ends.diff().tolist()
 

@@ -43,6 +43,7 @@ class SparseKVCache:
         self.num_compressed = torch.zeros(0, dtype=torch.int32)
         self._rows: dict[str, Tensor] = {}  # [B, capacity, Hk, width] by name
         self._tails: dict[str, list[Tensor]] = {}  # raw tokens from the begin of the next window on
+        self._empty: dict[str, Tensor] = {}  # no compressed rows, in their shape
 
     def __len__(self) -> int:
         """Sequences."""
@@ -97,7 +98,7 @@ class SparseKVCache:
         self.num_compressed = self.num_compressed + torch.tensor(compressed, dtype=torch.int32)
 
     def compress(
-        self, name: str, x: Tensor, counts: list[int], stride: int, function: Compress
+        self, name: str, x: Tensor, counts: list[int], size: int, stride: int, function: Compress
     ) -> tuple[Tensor, list[int]]:
         """Compressed rows that the raw tokens ``x`` complete, packed, and how many of each sequence.
 
@@ -105,12 +106,16 @@ class SparseKVCache:
             name: whose tail of raw tokens it is.
             x: [sum(counts), Hk, width].
             counts: tokens of each sequence.
-            stride: of the windows.
+            size, stride: of the windows.
             function: raw tokens and cu_seqlens -> compressed rows and where each sequence's begin.
         """
         old = self._tails.get(name) or [x[:0]] * len(counts)
         raw = [torch.cat([a, b]) for a, b in zip(old, x.split(counts), strict=True)]
+        if name in self._tails and all(len(r) < size for r in raw):  # most steps of decoding
+            self._tails[name] = [r.detach() for r in raw]
+            return self._empty[name], [0] * len(counts)
         y, y_ends = function(torch.cat(raw), packed_ends([len(r) for r in raw]))
+        self._empty[name] = y[:0].detach()
         made: list[int] = y_ends.diff().tolist()
         self._tails[name] = [r[n * stride :].detach().clone() for r, n in zip(raw, made, strict=True)]
         return y, made
