@@ -11,6 +11,8 @@ USAGE = """usage: python -m palmette <command> [options]
 commands:
   demo   decode trees with a real language model and compare with per-sequence attention (demo --help for
   options)
+  train-sparse
+         train a small language model with native sparse attention beside a dense one (train-sparse --help)
   env    print the versions, the CPU, and the body in use: paste it into bug reports
 """
 
@@ -24,13 +26,19 @@ def _demo(arguments: Sequence[str]) -> int:
     return int(demo.main(list(arguments)) or 0)
 
 
+def _train_sparse(arguments: Sequence[str]) -> int:
+    from palmette.pipelines import train_sparse
+
+    return train_sparse.main(list(arguments))
+
+
 def _env(arguments: Sequence[str]) -> int:
     from palmette import collect_env
 
     return collect_env.main()
 
 
-COMMANDS = {"demo": _demo, "env": _env}
+COMMANDS = {"demo": _demo, "train-sparse": _train_sparse, "env": _env}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m palmette train-sparse``: native sparse attention learns beside dense attention.
+
+Three parts: byte-level models on the standard library's text, with dense attention and with NSA on equal
+tokens; associative recall over lengths that a sliding window does not reach; and generation with the sparse
+cache. A run that was stopped goes on where it was, with the same losses bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ...integrations._extras import MissingExtraError, require
+from . import report
+from .run import Run
+from .settings import DEFAULT, QUICK, RECALL_KINDS, TEXT_KINDS
+from .text import DisagreementError
+from .training import Budget, StoppedError
+
+INTERRUPTED = 130  # the exit status of a program that SIGINT ended
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m palmette train-sparse",
+        description="Train a byte-level language model with native sparse attention beside the same model "
+        "with dense attention, test recall over long sequences, and generate with the sparse cache.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small models, a minute or two: to see that all works"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("train-sparse-out"),
+        help="where checkpoints and results go; a run that is there goes on (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: what PyTorch takes)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
+    parser.add_argument(
+        "--text-steps", type=int, help=f"steps on text, per model (default: {DEFAULT.text.steps})"
+    )
+    parser.add_argument(
+        "--recall-steps", type=int, help=f"steps on recall, per model (default: {DEFAULT.recall.steps})"
+    )
+    parser.add_argument(
+        "--stop-after", type=int, metavar="STEPS", help="stop after so many more steps; the next call goes on"
+    )
+    return parser.parse_args(arguments)
+
+
+@contextmanager
+def _bar(title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar that begins at ``done``."""
+    tqdm = require("tqdm", report.PURPOSE, install="'palmette[train]'")
+    with tqdm.tqdm(desc=title, total=total, initial=done, file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def tick(steps: int, note: str) -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(steps)
+
+        yield tick
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what is left of the training and write the results; returns the exit status.
+
+    Raises:
+        ValueError: an option is out of range, or the directory is another run's.
+        MissingExtraError: matplotlib or tqdm is not installed.
+        StoppedError: ``--stop-after`` was reached.
+    """
+    for package in ("matplotlib", "tqdm"):
+        require(package, report.PURPOSE, install="'palmette[train]'")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be positive, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    if options.stop_after is not None and options.stop_after < 0:
+        raise ValueError(f"--stop-after must be at least 0, got {options.stop_after}")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    settings = (QUICK if options.quick else DEFAULT).with_steps(options.text_steps, options.recall_steps)
+    torch.manual_seed(
+        options.seed
+    )  # every draw has a generator of its own; this is for what may be overlooked
+    this = Run(settings, options.seed, options.out, _bar, Budget(options.stop_after))
+    with _bar("one step of each model", len(TEXT_KINDS) + len(RECALL_KINDS), 0) as tick:
+        seconds = this.estimate(tick)
+    print(f"steps to go: about {seconds / 60:.0f} min; results in {options.out}", file=sys.stderr)
+    results = this.all_phases()
+    encoding = sys.stdout.encoding or "utf-8"
+    print(report.write(results, options.out).encode(encoding, "replace").decode(encoding))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m palmette train-sparse``; returns the exit status."""
+    options = parse_arguments(arguments)
+    try:
+        return run(options)
+    except (KeyboardInterrupt, StoppedError) as error:
+        again = _without_stop(list(sys.argv[2:] if arguments is None else arguments))
+        why = "stopped" if isinstance(error, StoppedError) else "interrupted"
+        command = shlex.join(["python", "-m", "palmette", "train-sparse", *again])
+        print(f"\npalmette train-sparse: {why}; to go on: {command}", file=sys.stderr)
+        return INTERRUPTED
+    except (MissingExtraError, DisagreementError, OSError, ValueError) as error:
+        print(f"palmette train-sparse: {error}", file=sys.stderr)
+        return 1
+
+
+def _without_stop(arguments: list[str]) -> list[str]:
+    """The command line of the same run to its end."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip or argument.startswith("--stop-after="):
+            skip = False
+        elif argument == "--stop-after":
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
