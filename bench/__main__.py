@@ -19,6 +19,7 @@ MODULES = {
     "merge": "bench_merge",
     "checks": "bench_checks",
     "model": "bench_model",
+    "sparse": "bench_sparse",
 }
 
 

@@ -42,6 +42,30 @@ GOALS = {
 MANY_ROWS = 64  # from here on a case is to reach FLOOR_MANY_ROWS of its floor, else FLOOR_FEW_ROWS
 FLOOR_MANY_ROWS, FLOOR_FEW_ROWS = 0.75, 0.6
 
+# Sparse attention: times the peer of the group, as they stand, without caps.
+SPARSE_GOALS = {
+    "selected": "selected attention / query-outer order",
+    "forward": "NSA forward / dense causal SDPA",
+    "training": "NSA forward + backward / dense causal SDPA",
+    "decode": "NSA decoding step / dense decoding",
+    "public": "NSA module forward / native-sparse-attention-pytorch",
+    "public training": "NSA module forward + backward / native-sparse-attention-pytorch",
+    "memory": "index and scratch memory",
+}
+SPARSE_BY_GROUP_SIZE = {1: 2.0, 4: 1.2}  # selected, by query heads per KV head
+SPARSE_BY_TOKENS = {4096: 1.0, 8192: 1.7, 16384: 3.0, 32768: 4.5, 65536: 5.5}  # forward and training
+SPARSE_DECODE, SPARSE_DECODE_BYTES = 4.0, 8.0
+SPARSE_PUBLIC = 10.0
+
+
+def sparse_goal(group: str, tokens: int, group_size: int) -> float | None:
+    """The ratio peer / ours that a case of sparse attention is to reach; None: it is only reported."""
+    if group == "selected":
+        return SPARSE_BY_GROUP_SIZE.get(group_size)
+    if group in ("forward", "training"):
+        return SPARSE_BY_TOKENS.get(tokens)
+    return SPARSE_DECODE if group == "decode" else SPARSE_PUBLIC
+
 
 def wanted_ratio(k: float, peer_ms: float, floor_ms: float) -> float:
     """The ratio peer / ours that "k times" asks for."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bar charts of a run: how many times faster than the best peer, and which part of the floor."""
+"""Charts of a run: how many times faster than the best peer, which part of the floor, and over context."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from bench.goals import GOALS
+from bench.goals import GOALS, SPARSE_BY_TOKENS, SPARSE_GOALS
 from bench.machine import headline
+from bench.sparse_report import AGAINST_DENSE
 
 _COLORS = dict(zip(GOALS, plt.get_cmap("tab10").colors, strict=False))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Writes ``path``-attention.png, -floor.png and -training.png, as far as there are rows."""
-    for kind, suffix in (("attention", "attention"), ("attention", "floor"), ("training", "training")):
+    """Writes ``path``-attention.png, -floor.png, -training.png and -sparse.png, as far as there are rows."""
+    charts = {
+        "attention": _ratio_bars,
+        "floor": _floor_bars,
+        "training": _ratio_bars,
+        "sparse": _over_context,
+    }
+    for suffix, draw in charts.items():
+        kind = "attention" if suffix == "floor" else suffix
         rows = [row for row in result["rows"] if row["kind"] == kind and "result" in row]
+        if kind == "sparse":
+            rows = [row for row in rows if row["group"] in AGAINST_DENSE]
         if rows:
-            figure = _floor_bars(rows) if suffix == "floor" else _ratio_bars(rows)
+            figure = draw(rows)
             figure.text(0.01, 0.002, headline(result["machine"]), fontsize=7, color="0.35")
             target = path.with_name(f"{path.name}-{suffix}.png")
             temporary = target.with_name(f".{target.name}.{os.getpid()}.png")
@@ -82,4 +92,41 @@ def _floor_bars(rows: list[dict[str, Any]]) -> Any:
     for place, (row, fraction) in enumerate(zip(rows, fractions, strict=True)):
         axes.text(fraction + 0.5, place, f"{fraction:.0f} {row['result']['bound']}", va="center", fontsize=6)
     axes.axvline(100, color="0.3", linewidth=0.8)
+    return figure
+
+
+def _over_context(rows: list[dict[str, Any]]) -> Any:
+    """How many times faster than dense attention, over the length of the context."""
+    figure, axes = plt.subplots(figsize=(7, 4.4))
+    ticks = sorted({row["tokens"] for row in rows})
+    lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["group"], row["heads"], row["compression"]), []).append(row)
+    for (group, heads, compression), part in lines.items():
+        part.sort(key=lambda row: row["tokens"])
+        title = SPARSE_GOALS[group].partition(" /")[0]
+        axes.plot(
+            [row["tokens"] for row in part],
+            [row["result"]["ratio"] for row in part],
+            "o-" if group == "forward" else "s--",
+            markersize=4,
+            linewidth=1.3,
+            label=f"{title}, heads {heads}, {compression}",
+        )
+    ideal = {row["tokens"]: row["result"]["ideal"] for row in rows}
+    axes.plot(ticks, [ideal[n] for n in ticks], ":", color="0.5", label="fewer FLOPs")
+    goals = {n: goal for n, goal in SPARSE_BY_TOKENS.items() if n in ticks}
+    axes.plot(list(goals), list(goals.values()), "_", color="black", markersize=14, label="goal")
+    axes.axhline(1.0, color="0.3", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_xlabel("tokens", fontsize=8)
+    axes.set_ylabel("times faster than dense causal SDPA", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=7, frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     return figure

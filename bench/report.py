@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bench import sparse_report
 from bench.floors import Ceilings, Floor
 from bench.goals import FLOOR_MANY_ROWS, GOALS, MANY_ROWS, wanted_fraction, wanted_ratio
 from bench.jobs import Row
@@ -27,7 +28,7 @@ def evaluate(row: Row, ceilings: Ceilings) -> Row:
     if "skipped" in row:
         return row
     judge: Callable[[Row, Ceilings], dict[str, Any]]
-    judge = {"checks": _check, "model": _model}.get(row["kind"], _against_peers)
+    judge = {"checks": _check, "model": _model, "sparse": _sparse}.get(row["kind"], _against_peers)
     return {**row, "result": judge(row, ceilings)}
 
 
@@ -68,6 +69,10 @@ def _model(row: Row, _: Ceilings) -> dict[str, Any]:
         "goals": goals,
         "met": all(ratios[n] >= goals[n] for n in goals),
     }
+
+
+def _sparse(row: Row, _: Ceilings) -> dict[str, Any]:
+    return sparse_report.evaluate(row)
 
 
 def _check(row: Row, ceilings: Ceilings) -> dict[str, Any]:
@@ -114,6 +119,8 @@ def line(row: Row) -> str:
     result = row["result"]
     if row["kind"] == "checks":
         return f"{row['name']:50s} {result['text']}: {'ok' if result['met'] else 'NOT MET'}"
+    if row["kind"] == "sparse":
+        return sparse_report.line(row)
     if row["kind"] == "model":
         parts = [
             f"{name} {ratio:.2f}x (goal {result['goals'][name]}x)" for name, ratio in result["ratios"].items()
@@ -164,6 +171,7 @@ def summary_lines(result: dict[str, Any]) -> list[tuple[str, str, bool]]:
     found += [
         (row["name"], row["result"]["text"], row["result"]["met"]) for row in _by_kind(result, "checks")
     ]
+    found += sparse_report.summary_lines(_by_kind(result, "sparse"))
     return found
 
 
@@ -255,6 +263,12 @@ def markdown(result: dict[str, Any], name: str) -> str:
         if rows:
             lines += [f"## {title}", "", *_peer_table(rows)]
             lines += [f"![ratios](./{name}-{kind}.png)", ""] if kind != "merge" else []
+    if sparse := _by_kind(result, "sparse"):
+        lines += ["## Sparse attention", ""]
+        for title, head, cells in sparse_report.tables(sparse):
+            lines += [f"### {title}", "", *_table(head, cells)]
+        if any(row["group"] in sparse_report.AGAINST_DENSE for row in sparse):
+            lines += [f"![speedup over dense attention](./{name}-sparse.png)", ""]
     not_run = [row for row in result["rows"] if "skipped" in row]
     if not_run:
         lines += [

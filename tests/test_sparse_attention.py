@@ -340,6 +340,13 @@ def test_tables_grow_with_the_blocks_that_are_chosen():
     assert table_bytes(32768, everyone) < 32768 * 64
 
 
+@pytest.mark.skipif("emulated_check" not in testing.backends(), reason="the check build is not there")
+def test_gpu_kernel_reads_k_and_v_once_per_tile_and_block():
+    from bench.gpu_sparse import counted_equals_formula
+
+    assert counted_equals_formula(4, tokens=300)
+
+
 AMD = {"warp_size": 64, "shared_limit": 64 << 10}
 
 
