@@ -259,6 +259,31 @@ def test_state_dicts_of_fsa_load():
 # ---- the rest
 
 
+def test_autocast():
+    module = make()
+    x = torch.randn(2, 100, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), module(x), rtol=0.1, atol=0.1)
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 32), (2, 0, 32), (0, 32)])
+@pytest.mark.parametrize("cached", [False, True])
+def test_nothing_in_nothing_out(shape, cached):
+    assert make()(torch.randn(shape), cache=SparseKVCache() if cached else None).shape == shape
+
+
+@pytest.mark.parametrize("ends", [[0, 3, 5], [0, 30, 20], [1, 20]])
+def test_bad_sequences(ends):
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens must be non-decreasing from 0 to 20 \(rows of x\), got"
+    ):
+        make()(torch.randn(20, 32), torch.tensor(ends))
+
+
 def test_rope_may_come_from_the_model():
     calls = []
 

@@ -340,6 +340,42 @@ def test_tables_grow_with_the_blocks_that_are_chosen():
     assert table_bytes(32768, everyone) < 32768 * 64
 
 
+def test_tables_of_a_cache_grow_with_its_tokens():
+    """Sequences with room between them: the blocks of each, not those of all for every one."""
+
+    def table_bytes(sequences: int) -> int:
+        tokens, room = 4096, 4200
+        lengths, each = indptr([1] * sequences), indptr([tokens] * sequences)
+        q, k = torch.zeros(sequences, 2, 8), torch.zeros(sequences * room, 1, 8)
+        index = torch.arange(16, dtype=torch.int32).repeat(1, sequences, 1)
+        plan = _plan_selection(q, k, index, lengths, each, torch.arange(sequences) * room, 64, 8)
+        return sum(table.nbytes for table in plan)
+
+    assert table_bytes(64) < 4.5 * table_bytes(16)
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        (torch.tensor([[0]]), r"k_starts must be \[B\] = \[1\], got \[1, 1\]"),
+        (torch.tensor([0, 1]), r"k_starts must be \[B\] = \[1\], got \[2\]"),
+        (torch.tensor([0.0]), "k_starts must be"),
+        (torch.tensor([1]), "k_starts or cmp_starts must be such that sequence 0 has its 3 rows of 3, got 1"),
+    ],
+)
+def test_bad_starts(starts, message):
+    q = torch.zeros(3, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        sliding_window_attention(q, q, q, indptr([3]), window=2, k_starts=starts)
+
+
+def test_starts_of_no_sequence():
+    q, k = torch.zeros(0, 2, 8), torch.zeros(3, 2, 8)
+    starts = torch.zeros(0, dtype=torch.int64)
+    options = {"cu_seqlens_k": indptr([]), "k_starts": starts}
+    assert sliding_window_attention(q, k, k, indptr([]), window=2, **options).shape == (0, 2, 8)
+
+
 @pytest.mark.skipif("emulated_check" not in testing.backends(), reason="the check build is not there")
 def test_gpu_kernel_reads_k_and_v_once_per_tile_and_block():
     from bench.gpu_sparse import counted_equals_formula
@@ -389,6 +425,24 @@ def test_compress(kind, tokens):
     torch.testing.assert_close(
         y, torch.cat([reference.compress(part, weight, None, **SIZES) for part in x.split(tokens)])
     )
+
+
+@pytest.mark.parametrize("size", [8, 31, 255])
+@pytest.mark.parametrize("kind", ["mean", "weighted", "linear"])
+def test_compress_adds_16_bits_in_float32(kind, size):
+    """Sums of fp16 would overflow, sums of bf16 lose a digit per stride."""
+    half = torch.full((2 * size, 1, 4), 3000.0, dtype=torch.float16)
+    mean, _ = compress(half, None, None, indptr([2 * size]), kernel_size=size, kernel_stride=4)
+    assert (mean == 3000).all()
+    torch.manual_seed(0)
+    x = (torch.randn(600, 2, 6) + 1).bfloat16()
+    position = torch.randn(2, size, 6).bfloat16()
+    weight = {"mean": None, "weighted": torch.rand(2, size), "linear": torch.rand(2, size * 6, 5)}[kind]
+    weight = None if weight is None else (weight / size).bfloat16()
+    y, _ = compress(x, weight, position, indptr([600]), kernel_size=size, kernel_stride=16)
+    wide = [t if t is None else t.double() for t in (x, weight, position)]
+    want = reference.compress(*wide, kernel_size=size, kernel_stride=16)
+    assert ((y.double() - want).abs() <= want.abs() * 2**-8 + 1e-5).all()
 
 
 def test_compress_has_deterministic_gradients():

@@ -184,6 +184,8 @@ def test_the_scale_is_the_model_s():
     assert all(layer.self_attn.scale == 0.5 for layer in model.model.layers)
     with pytest.raises(ValueError, match=r"^sliding_window of the model's layers must be None, got 5$"):
         convert_to_nsa(tiny_qwen(sliding_window=5), **SMALL)
+    with pytest.raises(ValueError, match=r"^attention_dropout of the model's layers must be 0, got 0.1$"):
+        convert_to_nsa(tiny_qwen(attention_dropout=0.1), **SMALL)
 
 
 def test_bad_models():

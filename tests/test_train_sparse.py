@@ -22,7 +22,7 @@ from palmette.pipelines.train_sparse import data, report
 from palmette.pipelines.train_sparse.draws import generator_for
 from palmette.pipelines.train_sparse.model import ATTENTIONS, LanguageModel, ModelSizes
 from palmette.pipelines.train_sparse.recall import RecallTask, RecallTraining, Stage, accuracy, answers
-from palmette.pipelines.train_sparse.settings import DEFAULT, QUICK, Settings
+from palmette.pipelines.train_sparse.settings import DEFAULT, QUICK, RECALL_KINDS, Settings
 from palmette.pipelines.train_sparse.text import DisagreementError, TextTask, generate
 from palmette.pipelines.train_sparse.training import Budget, Schedule, StoppedError, train, write_atomically
 
@@ -304,8 +304,8 @@ def test_wrong_caches_are_found() -> None:
 
 def test_all_files_are_written(uninterrupted: Path) -> None:
     names = {path.name for path in uninterrupted.iterdir()}
-    checkpoints = {"text-dense.pt", "text-nsa.pt", *(f"recall-{kind}.pt" for kind in ATTENTIONS)}
-    assert names == FILES | checkpoints | {f"recall-{kind}.json" for kind in ATTENTIONS}
+    checkpoints = {"text-dense.pt", "text-nsa.pt", *(f"recall-{kind}.pt" for kind in RECALL_KINDS)}
+    assert names == FILES | checkpoints | {f"recall-{kind}.json" for kind in RECALL_KINDS}
     assert all((uninterrupted / name).stat().st_size > 20 for name in names)
     results = json.loads((uninterrupted / "results.json").read_text())
     dense, nsa = results["text"]
@@ -314,7 +314,7 @@ def test_all_files_are_written(uninterrupted: Path) -> None:
     assert nsa["parameters"] > dense["parameters"]
     assert nsa["held_out_over_dense"] == pytest.approx(nsa["held_out"] / dense["held_out"] - 1)
     assert nsa["keys_read"] == 23 + 16 + 8
-    assert set(results["recall"]) == set(ATTENTIONS)
+    assert set(results["recall"]) == set(RECALL_KINDS)
     assert all([*row["accuracy"]] == ["48", "96"] for row in results["recall"].values())
     generation = results["generation"]
     assert generation["identical_tokens"] == generation["generated_tokens"] == 6

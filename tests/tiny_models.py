@@ -37,7 +37,9 @@ def tiny_llama(
     return model
 
 
-def tiny_qwen(*, sliding_window: int | None = None, attention: str = "sdpa") -> Any:
+def tiny_qwen(
+    *, sliding_window: int | None = None, attention: str = "sdpa", attention_dropout: float = 0.0
+) -> Any:
     """A Qwen3 of two layers; with ``sliding_window``, the second one slides."""
     config = transformers.Qwen3Config(
         vocab_size=VOCAB,
@@ -54,6 +56,7 @@ def tiny_qwen(*, sliding_window: int | None = None, attention: str = "sdpa") -> 
         max_window_layers=1,
         bos_token_id=0,
         eos_token_id=None,
+        attention_dropout=attention_dropout,
         pad_token_id=0,
     )
     torch.manual_seed(0)

@@ -151,7 +151,7 @@ PlanTensors plan_selection(const Tensor& block_index, const Tensor& q_indptr, co
   thread_local SelectionPlanner planner;
   planner.run({static_cast<const int32_t*>(block_index.data_ptr()), block_index.size(0), num_queries,
                block_index.size(2), block_size},
-              q, kv, key_starts(key_start, "key_start", kv, num_keys), static_cast<int32_t>(min_tile_queries),
+              q, kv, key_starts(key_start, "k_starts", kv, num_keys), static_cast<int32_t>(min_tile_queries),
               static_cast<int32_t>(max_tile_queries));
   const auto needed = [](int64_t count, int64_t capacity, const char* name) {
     check(count <= capacity, name, " must be at least ", count, ", got ", capacity);

@@ -109,8 +109,8 @@ inline KeyStarts key_starts(const std::optional<Tensor>& t, const char* name, co
         starts.given.size, "]");
   for (int64_t b = 0; b + 1 < indptr.size; ++b) {
     const int64_t first = starts.given[b], length = indptr[b + 1] - indptr[b];
-    check(first >= 0 && first <= num_rows - length, name, " must leave sequence ", b, " its ", length,
-          " rows of ", num_rows, ", got ", first);
+    check(first >= 0 && first <= num_rows - length, name, " must be such that sequence ", b, " has its ",
+          length, " rows of ", num_rows, ", got ", first);
   }
   return starts;
 }

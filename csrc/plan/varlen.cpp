@@ -184,7 +184,7 @@ PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool ca
       queries,
       keys,
       token_indptr.has_value() ? check_indptr(*token_indptr, "token_indptr", -1, "tokens") : keys,
-      key_starts(key_start, "key_start", keys, num_keys),
+      key_starts(key_start, "k_starts or cmp_starts", keys, num_keys),
       causal,
       static_cast<int32_t>(key_size),
       static_cast<int32_t>(key_stride),

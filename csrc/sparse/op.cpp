@@ -84,7 +84,7 @@ Tensor select_blocks_op(const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
         queries.size, "] like cu_seqlens, got [", keys.size, "] and [", tokens.size, "]");
   check_key_counts(keys, tokens, kernel_size, kernel_stride);
   const std::vector<SelectTile> tiles =
-      make_tiles(queries, keys, key_starts(key_start, "key_start", keys, k_cmp.size(0)), tokens);
+      make_tiles(queries, keys, key_starts(key_start, "cmp_starts", keys, k_cmp.size(0)), tokens);
 
   p.q = strided(q, "q");
   p.k = strided(k_cmp, "k_cmp");

@@ -18,6 +18,7 @@ from palmette import _library
 from palmette._attend import attend, check_inputs, plan_tensors, state_dtype
 from palmette._checks import (
     FLOATING,
+    INDEX,
     check_at_least,
     check_device,
     check_dim,
@@ -90,6 +91,10 @@ def compress(
             )
     starts = _starts("cu_seqlens", cu_seqlens, x.shape[0], "rows of x")
     counts = _compressed_lengths(starts, kernel_size, kernel_stride)
+    dtype, wide = x.dtype, state_dtype(x.dtype)  # 16-bit sums would overflow and lose digits
+    x = x.to(wide)
+    weight = None if weight is None else weight.to(wide)
+    position = None if position is None else position.to(wide)
     parts = [
         _compress_one(
             x[begin : begin + (n - 1) * kernel_stride + kernel_size], weight, kernel_size, kernel_stride
@@ -101,7 +106,7 @@ def compress(
     y = torch.cat(parts) if parts else x.new_zeros(0, heads, width)
     if position is not None:
         y = y + _compress_one(position.transpose(0, 1), weight, kernel_size, kernel_size)
-    return y, _ends(counts)
+    return y.to(dtype), _ends(counts)
 
 
 def _compress_one(x: Tensor, weight: Tensor | None, size: int, stride: int) -> Tensor:
@@ -224,7 +229,7 @@ def compressed_attention(
         token_indptr=tokens,
         key_size=kernel_size,
         key_stride=kernel_stride,
-        key_start=_key_starts("cmp_starts", cmp_starts, q),
+        key_start=_key_starts("cmp_starts", cmp_starts, q, queries),
     )
     return attend(q, k_cmp, v_cmp, plan, scale=scale)
 
@@ -253,7 +258,7 @@ def select_blocks(
     never stored; of equal ones the lower block wins.
 
     Args:
-        q: [Nq, Hq, D].
+        q: [Nq, Hq, D], float32, bfloat16 or float16.
         k_cmp: [C, Hk, D], as for ``compressed_attention``.
         lse: [Nq, Hq], what ``compressed_attention`` returned.
         cu_seqlens, cu_seqlens_cmp, kernel_size, kernel_stride, scale, cu_seqlens_k, cmp_starts: as there.
@@ -305,7 +310,7 @@ def select_blocks(
         init_blocks,
         local_blocks,
         q.shape[2] ** -0.5 if scale is None else float(scale),
-        _key_starts("cmp_starts", cmp_starts, q),
+        _key_starts("cmp_starts", cmp_starts, q, queries),
     )
     return index
 
@@ -360,7 +365,7 @@ def selected_attention(
             f"{list(block_index.shape)}"
         )
     queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
-    starts = _key_starts("k_starts", k_starts, q)
+    starts = _key_starts("k_starts", k_starts, q, queries)
     plan = _plan_selection(q, k, block_index, queries, tokens, starts, block_size, v.shape[2])
     if q.device.type == "cpu" and block_index.numel() * block_size >= _READS_OF_A_COPY * k.shape[:2].numel():
         k, v = _heads_first(k), _heads_first(v)
@@ -397,7 +402,7 @@ def sliding_window_attention(
     check_inputs(q, k, v)
     check_at_least(1, window=window)
     queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
-    starts = _key_starts("k_starts", k_starts, q)
+    starts = _key_starts("k_starts", k_starts, q, queries)
     plan = plan_sequences(q, k, queries, tokens, window=window, key_start=starts)
     out, lse = attend(q, k, v, plan, scale=scale, window=window)
     return (out, lse) if return_lse else out
@@ -426,8 +431,12 @@ def _plan_selection(
     least = max(1, least // group)
     most = max(least, most // group)
     blocks = num_keys // block_size + 1
-    # with starts, sequences may share rows
-    segments = blocks * sequences if starts is not None else num_keys // block_size + sequences
+    segments = num_keys // block_size + sequences
+    if starts is not None:  # sequences may share rows, and rows be nobody's
+        segments = blocks * sequences
+        if not torch.compiler.is_compiling():
+            sizes = [-(-n // block_size) for n in _lengths(tokens)]
+            segments, blocks = sum(sizes), max(sizes, default=0)
     # A tile of a sequence of B blocks is least * B / slots queries, rounded down, within [least, most].
     items = heads * (2 * num_queries * slots // least + num_queries * blocks // most + segments)
     plan: tuple[Tensor, ...] = _library.call(
@@ -470,8 +479,14 @@ def check_selection_sizes(
         )
 
 
-def _key_starts(name: str, starts: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if starts is None else check_indptr(name, starts, q.device)
+def _key_starts(name: str, starts: Tensor | None, q: Tensor, indptr: Tensor) -> Tensor | None:
+    if starts is None:
+        return None
+    check_dtype(name, starts, INDEX)
+    check_shape(name, starts, "[B]", [indptr.shape[0] - 1])
+    if starts.device.type != "cpu":
+        check_device(name, starts, q.device)
+    return starts.detach().cpu().contiguous()
 
 
 def _starts(name: str, indptr: Tensor, total: int, of_what: str) -> list[int]:

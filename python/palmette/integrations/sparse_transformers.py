@@ -192,6 +192,10 @@ def convert(model: Any, **options: Any) -> Any:
                 raise ValueError(
                     f"{name} of the model's layers must be None, got {getattr(layer.self_attn, name)}"
                 )
+        if getattr(layer.self_attn, "attention_dropout", 0):
+            raise ValueError(
+                f"attention_dropout of the model's layers must be 0, got {layer.self_attn.attention_dropout}"
+            )
     for layer in layers:
         weight = layer.self_attn.q_proj.weight
         sparse = SparseAttention(layer.self_attn, rotary, options)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palmette._checks import check_at_least
+from palmette._checks import check_at_least, check_indptr
 from palmette.nn.rotary import RotaryEmbedding
 from palmette.nn.sparse_cache import SparseKVCache, packed_ends, packed_positions
 from palmette.sparse_attention import (
@@ -265,8 +265,10 @@ class SparseBranches(nn.Module):
             + min(longest, self.window_size),
         )
         gates = self.gate(x).unflatten(-1, (3, -1)).unsqueeze(-1)  # [T, 3, Hq or 1, 1]
-        mixed: Tensor = gates[:, 0] * compressed + gates[:, 1] * selected + gates[:, 2] * windowed
-        return mixed
+        assert isinstance(selected, Tensor)
+        assert isinstance(windowed, Tensor)
+        mixed = torch.addcmul(gates[:, 0] * compressed, gates[:, 1], selected)
+        return torch.addcmul(mixed, gates[:, 2], windowed)
 
     def _compress(
         self, which: str, x: Tensor, ends: Tensor, counts: list[int], cache: SparseKVCache | None
@@ -280,7 +282,10 @@ class SparseBranches(nn.Module):
             if isinstance(weight, nn.Module):
                 windows, window_ends = blocks_of_tokens(raw, raw_ends, **sizes)
                 return weight(windows), window_ends
-            return compress(raw, weight, position, raw_ends, **sizes)
+            # Under autocast the projections are of 16 bits and parameters are not; compress adds in float32.
+            phi, place = (None if p is None else p.to(raw.dtype) for p in (weight, position))
+            with torch.autocast(raw.device.type, enabled=False):
+                return compress(raw, phi, place, raw_ends, **sizes)
 
         if cache is not None:
             return cache.compress(which, x, counts, self.kernel_size, self.kernel_stride, run)
@@ -412,10 +417,16 @@ class NativeSparseAttention(SparseBranches):
                 raise ValueError("cu_seqlens must be None for x [B, N, hidden], got a tensor")
             batch, length = x.shape[:2]
             ends = torch.arange(batch + 1, dtype=torch.int32) * length
-            return self._forward(x.flatten(0, 1), ends, cache).view(batch, length, -1)
+            return self._forward(x.flatten(0, 1), ends, cache).view(batch, length, self.hidden_size)
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int32)
-        return self._forward(x, cu_seqlens.cpu(), cache)
+        ends = check_indptr("cu_seqlens", cu_seqlens, x.device)
+        starts = ends.tolist()
+        if starts[0] != 0 or starts[-1] != x.shape[0] or starts != sorted(starts):
+            raise ValueError(
+                f"cu_seqlens must be non-decreasing from 0 to {x.shape[0]} (rows of x), got {starts}"
+            )
+        return self._forward(x, ends, cache)
 
     def _forward(self, x: Tensor, ends: Tensor, cache: SparseKVCache | None) -> Tensor:
         q = self.proj_q(x).unflatten(-1, (self.num_q_heads, self.head_dim))

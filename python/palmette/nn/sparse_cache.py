@@ -44,6 +44,9 @@ class SparseKVCache:
         self._rows: dict[str, Tensor] = {}  # [B, capacity, Hk, width] by name
         self._tails: dict[str, list[Tensor]] = {}  # raw tokens from the begin of the next window on
         self._empty: dict[str, Tensor] = {}  # no compressed rows, in their shape
+        # K and V go to the same places: the last ones asked for, and what for
+        self._places: tuple[object, Tensor] | None = None
+        self._starts: dict[int, Tensor] = {}  # by capacity
 
     def __len__(self) -> int:
         """Sequences."""
@@ -69,7 +72,11 @@ class SparseKVCache:
 
     def starts(self, name: str) -> Tensor:
         """Where each sequence's rows begin in what ``append`` returned, int64 [B]."""
-        return torch.arange(len(self)) * self._rows[name].shape[1]
+        capacity = self._rows[name].shape[1]
+        known = self._starts.get(capacity)
+        if known is None or len(known) != len(self):
+            known = self._starts[capacity] = torch.arange(len(self)) * capacity
+        return known
 
     def append(self, name: str, x: Tensor, before: list[int], counts: list[int], room: int = 0) -> Tensor:
         """Puts the rows of packed sequences behind the ``before`` rows that each has; returns all rows.
@@ -89,8 +96,14 @@ class SparseKVCache:
             if rows is not None:
                 grown[:, : rows.shape[1]] = rows
             rows = self._rows[name] = grown
-        place = packed_positions([b * rows.shape[1] + a for b, a in enumerate(before)], counts).to(x.device)
-        return rows.flatten(0, 1).index_copy_(0, place, x.detach())
+        every = rows.flatten(0, 1)
+        if not any(counts):
+            return every
+        wanted = (rows.shape[1], tuple(before), tuple(counts), x.device)
+        if self._places is None or self._places[0] != wanted:
+            begins = [b * rows.shape[1] + a for b, a in enumerate(before)]
+            self._places = wanted, packed_positions(begins, counts).to(x.device)
+        return every.index_copy_(0, self._places[1], x.detach())
 
     def advance(self, counts: list[int], compressed: list[int]) -> None:
         """Says that so many tokens, and compressed rows, of each sequence have come."""
@@ -114,7 +127,7 @@ class SparseKVCache:
         if name in self._tails and all(len(r) < size for r in raw):  # most steps of decoding
             self._tails[name] = [r.detach() for r in raw]
             return self._empty[name], [0] * len(counts)
-        y, y_ends = function(torch.cat(raw), packed_ends([len(r) for r in raw]))
+        y, y_ends = function(torch.cat(raw) if raw else x, packed_ends([len(r) for r in raw]))
         self._empty[name] = y[:0].detach()
         made: list[int] = y_ends.diff().tolist()
         self._tails[name] = [r[n * stride :].detach().clone() for r, n in zip(raw, made, strict=True)]

@@ -89,9 +89,8 @@ def run(options: argparse.Namespace) -> int:
     if options.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {options.seed}")
     settings = (QUICK if options.quick else DEFAULT).with_steps(options.text_steps, options.recall_steps)
-    torch.manual_seed(
-        options.seed
-    )  # every draw has a generator of its own; this is for what may be overlooked
+    # Every draw has a generator of its own; this is for what may be overlooked.
+    torch.manual_seed(options.seed)
     this = Run(settings, options.seed, options.out, _bar, Budget(options.stop_after))
     with _bar("one step of each model", len(TEXT_KINDS) + len(RECALL_KINDS), 0) as tick:
         seconds = this.estimate(tick)

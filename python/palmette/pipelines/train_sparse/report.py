@@ -140,9 +140,9 @@ def markdown(results: Results, where: dict[str, str], seconds: float) -> str:
         f"weights where they share them, same batches: {settings.text.steps} steps of {settings.batch} x "
         f"{settings.context:,} tokens.",
         _text_table(results),
-        f"NSA's held-out loss is {rows['nsa']['held_out_over_dense']:+.2%} from dense attention's: "
-        f"{'within' if held else 'NOT within'} {WITHIN:.0%}. Keys read: by the last query of a sequence, in "
-        "one layer.",
+        f"NSA's held-out loss is {rows['nsa']['held_out_over_dense']:+.2%} against dense attention's "
+        f"(goal: at most {WITHIN:+.0%}; {'reached' if held else 'MISSED'}). Keys read: by the last query of "
+        "a sequence, in one layer.",
         "![loss over tokens](curves.png)",
         "## Associative recall",
         f"{task.pairs} pairs of a key and a value stand anywhere in noise; at the end all keys are asked "
@@ -161,7 +161,7 @@ def markdown(results: Results, where: dict[str, str], seconds: float) -> str:
         + (
             "the same tokens."
             if same
-            else f"other tokens from step {generation['identical_tokens']} on, at a near tie."
+            else f"the same tokens but {generation['near_ties']}, each at a near tie."
         )
         + f" The caches take {generation['cache_bytes'] / 1e6:.2f} MB with room to grow; a layer reads "
         f"{generation['keys_read']:,} keys per step.",

@@ -13,7 +13,7 @@ from .recall import RecallTask, Stage
 from .training import Schedule
 
 TEXT_KINDS = ("dense", "nsa")
-RECALL_KINDS = ("window", "nsa", "dense")
+RECALL_KINDS = ("window", "nsa")
 
 
 @dataclass(frozen=True)

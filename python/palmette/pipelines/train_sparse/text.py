@@ -106,10 +106,11 @@ def generate(
     best = again.max(-1).values
     margins = best - again.gather(1, torch.tensor(chosen)[:, None]).squeeze(1)  # 0 where both agree
     different = (again.argmax(-1) != torch.tensor(chosen)).nonzero().flatten().tolist()
-    if different and float(margins[different[0]]) > NEAR_TIE:
+    wrong = (margins > NEAR_TIE).nonzero().flatten().tolist()
+    if wrong:
         raise DisagreementError(
             f"decoding with the cache must choose what recomputation does, got another token at step "
-            f"{different[0]}, whose logit is {float(margins[different[0]]):.2g} lower"
+            f"{wrong[0]}, whose logit is {float(margins[wrong[0]]):.2g} lower"
         )
     begin = time.perf_counter()
     for step in range(recomputed):
@@ -122,7 +123,7 @@ def generate(
     return {
         "prompt_tokens": length,
         "generated_tokens": count,
-        "identical_tokens": different[0] if different else count,
+        "identical_tokens": count - len(different),
         "near_ties": len(different),
         "recomputed_steps": recomputed,
         "prefill_seconds": prefill_seconds,
