@@ -267,8 +267,11 @@ class SparseBranches(nn.Module):
         gates = self.gate(x).unflatten(-1, (3, -1)).unsqueeze(-1)  # [T, 3, Hq or 1, 1]
         assert isinstance(selected, Tensor)
         assert isinstance(windowed, Tensor)
-        mixed = torch.addcmul(gates[:, 0] * compressed, gates[:, 1], selected)
-        return torch.addcmul(mixed, gates[:, 2], windowed)
+        if torch.is_grad_enabled() or gates.dtype != compressed.dtype:
+            mixed = torch.addcmul(gates[:, 0] * compressed, gates[:, 1], selected)
+            return torch.addcmul(mixed, gates[:, 2], windowed)
+        # new memory for a long sequence would cost more than the sum
+        return compressed.mul_(gates[:, 0]).addcmul_(gates[:, 1], selected).addcmul_(gates[:, 2], windowed)
 
     def _compress(
         self, which: str, x: Tensor, ends: Tensor, counts: list[int], cache: SparseKVCache | None
