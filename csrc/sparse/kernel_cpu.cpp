@@ -40,10 +40,11 @@ struct Select {
 
   const SelectParams& p;
   const int group;
-  T *q_lanes, *lse, *prob, *weight, *k_tile,
-      *score;   // [group][blocks][D][W], [group][lanes], [keys][lanes] ..
-  T* best;      // [topk][vector], falling
-  Int* chosen;  // [topk][vector]: their blocks
+  T *q_lanes, *lse;   // [group][blocks][D][W] and [group][lanes], or those of the blocks of few rows
+  T *prob, *weight;   // [keys][W], [keys][lanes]
+  T *k_tile, *score;  // [keys][packed_stride], [blocks][lanes]
+  T* best;            // [topk][vector], falling
+  Int* chosen;        // [topk][vector]: their blocks
 
   explicit Select(const SelectParams& params) : p(params), group(params.num_q_heads / params.num_kv_heads) {}
 
@@ -126,27 +127,28 @@ struct Select {
     return {k_tile, packed_stride<S>(p.head_dim)};
   }
 
-  // weight [keys][lanes] = p of keys [first, first + n), 0 where a query does not see one.
-  void find_weights(const SelectTile& t, const TileView<T>& k, int64_t first, int n) {
-    std::memset(weight, 0, sizeof(T) * static_cast<size_t>(n * kLanes));
-    if (few(t)) {
-      for_each_row_block(t, [&](auto shape, int row, int count, int64_t lane) {
-        using Block = decltype(shape);
-        scores<Block>(k, n, q_lanes + lane * (p.head_dim + S::kLanes), p.head_dim, prob, Block::kWidth);
-        for (int u = 0; u < Block::kWidth; u += S::kLanes) {
-          const V l = S::load(lse + lane + u);
-          for (int i = 0; i < n; ++i) {
-            T* at = prob + i * Block::kWidth + u;
-            S::store(at, S::exp2(S::template sum_granule<Block::P>(S::load(at)) - l));
-          }
+  // p of keys into weight: a row of query and head per granule of lanes.
+  void add_few(const SelectTile& t, const TileView<T>& k, int n) {
+    for_each_row_block(t, [&](auto shape, int row, int count, int64_t lane) {
+      using Block = decltype(shape);
+      scores<Block>(k, n, q_lanes + lane * (p.head_dim + S::kLanes), p.head_dim, prob, Block::kWidth);
+      for (int u = 0; u < Block::kWidth; u += S::kLanes) {
+        const V l = S::load(lse + lane + u);
+        for (int i = 0; i < n; ++i) {
+          T* at = prob + i * Block::kWidth + u;
+          S::store(at, S::exp2(S::template sum_granule<Block::P>(S::load(at)) - l));
         }
-        for (int r = 0; r < count; ++r) {
-          const int query = (row + r) / group;
-          for (int i = 0; i < n; ++i) weight[i * kLanes + query] += prob[i * Block::kWidth + r * Block::P];
-        }
-      });
-    }
-    for (int b = 0; !few(t) && b * W < t.num_queries; ++b) {
+      }
+      for (int r = 0; r < count; ++r) {
+        const int query = (row + r) / group;
+        for (int i = 0; i < n; ++i) weight[i * kLanes + query] += prob[i * Block::kWidth + r * Block::P];
+      }
+    });
+  }
+
+  // p of keys into weight: queries in the lanes, head after head.
+  void add_many(const SelectTile& t, const TileView<T>& k, int n) {
+    for (int b = 0; b * W < t.num_queries; ++b) {
       for (int g = 0; g < group; ++g) {
         scores<B>(k, n, q_lanes + (g * kBlocks + b) * int64_t{W} * p.head_dim, p.head_dim, prob, W);
         for (int u = 0; u < 2; ++u) {
@@ -158,6 +160,16 @@ struct Select {
           }
         }
       }
+    }
+  }
+
+  // weight [keys][lanes] = p of keys [first, first + n), 0 where a query does not see one.
+  void find_weights(const SelectTile& t, const TileView<T>& k, int64_t first, int n) {
+    std::memset(weight, 0, sizeof(T) * static_cast<size_t>(n * kLanes));
+    if (few(t)) {
+      add_few(t, k, n);
+    } else {
+      add_many(t, k, n);
     }
     for (int i = 0; i < n; ++i) {
       const int64_t hidden = last_token(first + i) - t.token;  // queries before this one do not see the key

@@ -23,6 +23,11 @@ _EXTRA_TASKS = {"cpu": 64, "gpu": 1024}
 _FREE_PARTIAL_BYTES = 640 << 10
 
 
+def packed_ends(lengths: list[int]) -> Tensor:
+    """Where sequences of these lengths begin, and where the last one ends: int32 [B + 1]."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
 def plan_varlen(
     q_indptr: Tensor,
     kv_indptr: Tensor,

@@ -27,7 +27,7 @@ from palmette._checks import (
     check_shape,
 )
 from palmette._device import on_device
-from palmette._varlen import plan_sequences
+from palmette._varlen import packed_ends, plan_sequences
 
 _ops = torch.ops.palmette
 
@@ -106,7 +106,7 @@ def compress(
     y = torch.cat(parts) if parts else x.new_zeros(0, heads, width)
     if position is not None:
         y = y + _compress_one(position.transpose(0, 1), weight, kernel_size, kernel_size)
-    return y.to(dtype), _ends(counts)
+    return y.to(dtype), packed_ends(counts)
 
 
 def _compress_one(x: Tensor, weight: Tensor | None, size: int, stride: int) -> Tensor:
@@ -171,12 +171,8 @@ def _windows(x: Tensor, cu_seqlens: Tensor, kernel_size: int, kernel_stride: int
         for begin, end in itertools.pairwise(starts)
         if end - begin >= kernel_size
     ]
-    ends = _ends(_compressed_lengths(starts, kernel_size, kernel_stride))
+    ends = packed_ends(_compressed_lengths(starts, kernel_size, kernel_stride))
     return torch.cat(blocks) if blocks else x.new_zeros(0, *x.shape[1:], kernel_size), ends
-
-
-def _ends(counts: list[int]) -> Tensor:
-    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def compressed_attention(

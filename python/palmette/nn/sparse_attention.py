@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from palmette._checks import check_at_least, check_indptr
+from palmette._varlen import packed_ends
 from palmette.nn.rotary import RotaryEmbedding
-from palmette.nn.sparse_cache import SparseKVCache, packed_ends, packed_positions
+from palmette.nn.sparse_cache import SparseKVCache, packed_positions
 from palmette.sparse_attention import (
     blocks_of_tokens,
     check_selection_sizes,

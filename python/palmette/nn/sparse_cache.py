@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from palmette._varlen import packed_ends
+
 Compress = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -15,11 +17,6 @@ def packed_positions(past: list[int], counts: list[int]) -> Tensor:
     """Of the rows of packed sequences, each of which goes on behind ``past`` others."""
     parts = [torch.arange(a, a + n) for a, n in zip(past, counts, strict=True)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
-
-
-def packed_ends(lengths: list[int]) -> Tensor:
-    """Where sequences of these lengths begin, and where the last one ends: int32 [B + 1]."""
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 class SparseKVCache:

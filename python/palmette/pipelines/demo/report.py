@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...integrations._extras import require
+from ..machine import machine
 from .workloads import MethodResult, WorkloadResult
 
 HEADER = (
@@ -26,21 +25,6 @@ HEADER = (
     "redundancy",
     "",
 )
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    from ... import __version__
-    from ...collect_env import collect
-
-    report = collect()
-    return {
-        "cpu": report["cpu"],
-        "threads": str(torch.get_num_threads()),
-        "body": report["body"],
-        "torch": str(torch.__version__),
-        "palmette": __version__,
-    }
 
 
 def _number(value: float, digits: int) -> str:

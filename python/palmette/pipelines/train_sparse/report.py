@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...integrations._extras import require
+from ..machine import machine
 from .run import Results, losses_digest
 from .training import History, write_atomically, write_json
 
@@ -177,21 +176,6 @@ def _fenced(text: str) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}text\n{text}\n{fence}"
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    from ... import __version__
-    from ...collect_env import collect
-
-    found = collect()
-    return {
-        "cpu": found["cpu"],
-        "threads": str(torch.get_num_threads()),
-        "body": found["body"],
-        "torch": str(torch.__version__),
-        "palmette": __version__,
-    }
 
 
 def write(results: Results, directory: Path) -> str:
