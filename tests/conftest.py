@@ -47,6 +47,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = _backends(metafunc.config)
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", names, indirect=True)
+    if "raising_backend" in metafunc.fixturenames:
+        raising = [name for name in names if name != "cuda"]
+        metafunc.parametrize("raising_backend", raising, indirect=True)
     cpu = [name for name in names if name not in GPUS]
     if "cpu_backend" in metafunc.fixturenames:
         metafunc.parametrize("cpu_backend", cpu, indirect=True)
@@ -69,6 +72,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``backend``, of the CPU only: for what no GPU kernel does."""
+    with testing.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def raising_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, but for a real GPU: for errors in values, which no operator waits there to see."""
     with testing.backend(request.param):
         yield request.param
 

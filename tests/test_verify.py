@@ -192,7 +192,7 @@ def test_strides(backend, layout):
     assert_same(verify_sample(token_tree(parent), tokens, probs), want)
 
 
-def test_nan_in_a_visited_row_raises_and_elsewhere_does_not(backend):
+def test_nan_in_a_visited_row_raises_and_elsewhere_does_not(raising_backend):
     parent, tokens = [-1, 0, 0, 2], torch.tensor([0, 3, 5, 5])
     logits = logits_for([5, 1, 5, 7], vocab=65)
     logits[1] = math.nan
@@ -206,7 +206,7 @@ def test_nan_in_a_visited_row_raises_and_elsewhere_does_not(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_first_nan_is_named(backend, dtype):
+def test_the_first_nan_is_named(raising_backend, dtype):
     for first in (0, 700, 5002):
         logits = torch.randn(1, 5003).to(dtype)
         logits[0, 3] = math.inf

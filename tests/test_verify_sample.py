@@ -199,7 +199,7 @@ def test_the_statistic_finds_siblings_that_count_twice():
     assert statistic > 3 * limit
 
 
-def test_nan_negative_and_unnormalized_rows_raise_where_visited(backend):
+def test_nan_negative_and_unnormalized_rows_raise_where_visited(raising_backend):
     tree, draft = token_tree([-1, 0, 0]), torch.tensor([0, 1, 2])
     good = torch.zeros(3, 600)
     good[0, 1] = good[1, 7] = good[2, 9] = 1.0
@@ -229,7 +229,7 @@ def test_nan_negative_and_unnormalized_rows_raise_where_visited(backend):
         ({0: math.inf, 5002: math.nan}, "free of NaN, got NaN at node 0, token 5002"),
     ],
 )
-def test_the_first_bad_probability_is_named(backend, places, message):
+def test_the_first_bad_probability_is_named(raising_backend, places, message):
     probs = torch.full((1, 5003), 1 / 5003)
     for place, value in places.items():
         probs[0, place] = value
@@ -237,7 +237,7 @@ def test_the_first_bad_probability_is_named(backend, places, message):
         verify_sample(Tree([-1], [1]), torch.tensor([0]), probs)
 
 
-def test_a_bad_probability_at_every_place(backend):
+def test_a_bad_probability_at_every_place(raising_backend):
     tree, draft, probs = Tree([-1], [1]), torch.tensor([0]), torch.full((1, 600), 1 / 600)
     for place in range(600):
         probs[0, place] = -1.0
@@ -246,7 +246,7 @@ def test_a_bad_probability_at_every_place(backend):
         probs[0, place] = 1 / 600
 
 
-def test_sixteen_bits_may_be_off_by_more(backend):
+def test_sixteen_bits_may_be_off_by_more(raising_backend):
     probs = torch.tensor([[0.99, 0.0]])
     tree, draft = Tree([-1], [1]), torch.tensor([0])
     with pytest.raises(ValueError, match=r"must be rows that sum to 1, got 0\.99 at node 0"):

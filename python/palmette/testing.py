@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from palmette import _library  # registers the operators
 
@@ -88,11 +89,18 @@ def backend(name: str) -> Iterator[None]:
         torch.ops.palmette._set_backend(previous)
 
 
+# Arguments whose values an operator checks before a kernel runs: always, or (the others) where they are on the CPU.
+_HOST_ARGUMENTS = frozenset(
+    "nodes tree_counts draft_tokens src_slots dst_slots q_indptr cmp_indptr token_indptr key_start".split()
+)
+
+
 class _OperatorsOn(TorchDispatchMode):
     """While entered, the package's operators with GPU kernels run on copies of their tensors on a device.
 
     Results come back to the CPU, and so does what an operator changes in place. So tests that make CPU
-    tensors are tests of a GPU too.
+    tensors are tests of a GPU too. Copies are of whole storages: they have the strides of the tensors, and
+    what shared memory shares it there. Tables that operators read on the host stay where they are.
 
     Args:
         device: where they run.
@@ -109,22 +117,32 @@ class _OperatorsOn(TorchDispatchMode):
         name = func.name()
         if func.namespace != "palmette" or not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
             return func(*args, **kwargs)
-        copies: dict[int, torch.Tensor] = {}
+        if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)  # the operator's fake looks at shapes only
+        arguments = func._schema.arguments
+        given = dict(zip((x.name for x in arguments), args, strict=False)) | kwargs
+        copies: dict[int, torch.Tensor] = {}  # bytes there, by the address here
+
+        def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload,no-any-return]
 
         def there(tensor: torch.Tensor) -> torch.Tensor:
-            if id(tensor) not in copies:
-                copies[id(tensor)] = tensor.to(self.device, copy=True)
-            return copies[id(tensor)]
+            address = tensor.untyped_storage().data_ptr()
+            if address not in copies:
+                copies[address] = bytes_of(tensor).to(self.device, copy=True)
+            copy = torch.empty(0, dtype=tensor.dtype, device=self.device)
+            place = (tensor.storage_offset(), tensor.size(), tensor.stride())
+            return copy.set_(copies[address].untyped_storage(), *place)  # type: ignore[call-overload,no-any-return]
 
-        moved_args, moved_kwargs = tree_map_only(torch.Tensor, there, (args, kwargs))
-        result = func(*moved_args, **moved_kwargs)
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            given = args[index] if index < len(args) else kwargs.get(argument.name)
-            for tensor in given if isinstance(given, list | tuple) else [given]:
-                if tensor is not None:
-                    tensor.copy_(copies[id(tensor)])
+        moved = {
+            key: value if key in _HOST_ARGUMENTS else tree_map_only(torch.Tensor, there, value)
+            for key, value in given.items()
+        }
+        result = func(**moved)
+        written = {x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write}
+        for tensor in tree_leaves([given[key] for key in written & given.keys()]):
+            if tensor is not None:
+                bytes_of(tensor).copy_(copies[tensor.untyped_storage().data_ptr()])
         return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), result)
 
 
