@@ -31,6 +31,7 @@ constexpr int kMaxRows = 16 * kWarps;
 template <class E>
 struct Shared {
   KeyRing<E> ring;
+  PlanTask task;  // not in registers, of which there are none to spare
   float max[kWarps][16], sum[kWarps][16];
   alignas(1024) unsigned char tiles[16];  // Q, then stages of K and V; at the end O
 };
@@ -84,40 +85,41 @@ __device__ __forceinline__ void careful_values(const Problem<E>& a, const PlanTa
   for_each_key_by_lanes(a.p.plan, task.item_begin, task.item_end, row, a.logits.window, meet);
 }
 
-// Keys that a warp meets at a time, which the columns of O must leave registers for. Rows of four warps have
-// few keys each.
-template <class E, int kColumns>
-constexpr int kWideStep = (kColumns > 128 ? 16 : 32) / (sizeof(E) == 4 ? 2 : 1);
-template <class E>
-constexpr int kThinStep = kTileKeys<E> / kWarps;
+// Keys that a warp meets at a time: all that it takes of a tile, where the columns of O leave registers for
+// them.
+template <class E, int kColumns, int kRowWarps>
+constexpr int kStep = std::min(kTileKeys<E> / (kWarps / kRowWarps),
+                               kColumns <= 128   ? (sizeof(E) == 4 ? 16 : 64)
+                               : sizeof(E) == 4 ? 8
+                                                 : 16);
 
-// The rows of a task from `first` on, at most 16 * row_warps of them.
-template <class Math, int kColumns, int kStep>
+// The rows of a task from `first` on, at most 16 * kRowWarps of them: the warps are divided by rows and, what
+// is left of them, by keys.
+template <class Math, int kColumns, int kRowWarps>
 struct Rows {
   using E = typename Math::Element;
-  static constexpr int kKeys = kTileKeys<E>, kN = kStep / 8, kTiles = kColumns / 8;
+  static constexpr int kKeys = kTileKeys<E>, kTiles = kColumns / 8;
+  static constexpr int kKeyWarps = kWarps / kRowWarps, kWarpKeys = kKeys / kKeyWarps;
+  static constexpr int kN = kStep<E, kColumns, kRowWarps> / 8;
   static constexpr int kValues = kColumns / kLanes;  // of a lane, of a row that is written
 
   const Problem<E>& a;
   const AttendParams& p;
   const PlanTask& task;
   const int kv_head, first, count;
-  const int row_warps, key_warps;  // how the warps are divided: by rows, by keys
   const RowOf at;
   Shared<E>& shared;
   QueryRow row[2];  // of this thread
   float o[kTiles][4], m[2], l[2];
 
   __device__ __forceinline__ Rows(const Problem<E>& problem, const PlanTask& t, int head, int first_row,
-                                  int rows, int warps)
+                                  int rows)
       : a(problem),
         p(problem.p),
         task(t),
         kv_head(head),
         first(first_row),
         count(rows),
-        row_warps(warps),
-        key_warps(kWarps / warps),
         at{t.query_begin, problem.p.num_q_heads / problem.p.num_kv_heads},
         shared(gpu::shared<Shared<E>>()) {
 #pragma unroll
@@ -127,8 +129,8 @@ struct Rows {
     }
   }
 
-  __device__ __forceinline__ int row_warp() const { return warp() % row_warps; }
-  __device__ __forceinline__ int key_warp() const { return warp() / row_warps; }
+  __device__ __forceinline__ static int row_warp() { return warp() % kRowWarps; }
+  __device__ __forceinline__ static int key_warp() { return warp() / kRowWarps; }
 
   __device__ __forceinline__ void run() {
 #pragma unroll
@@ -136,7 +138,7 @@ struct Rows {
     m[0] = m[1] = kEmptyMax;
     l[0] = l[1] = 0;
     const Matrix<E> queries = a.queries(shared.tiles);
-    copy_query_rows(queries, 16 * row_warps, a.q, p.plan, at, first, count, kv_head);
+    copy_query_rows(queries, 16 * kRowWarps, a.q, p.plan, at, first, count, kv_head);
     ptx::commit_copies();
     const KeyCursor<kKeys> cursor(p.plan, task.item_begin, task.item_end, at.query(first),
                                   at.query(first + count - 1) + 1, a.logits.window);
@@ -151,37 +153,52 @@ struct Rows {
   __device__ __forceinline__ void meet(const Matrix<E>& queries, const TileSpan& span, const Key* keys,
                                        const Matrix<E>& k, const Matrix<E>& v) {
     const int window = a.logits.window;
+    const bool named[2] = {row[0].meets(span), row[1].meets(span)};
     if (!any(row[0].sees_some(span, window) || row[1].sees_some(span, window))) return;
-    const bool everything = all(row[0].sees_all(span, window, kKeys) && row[1].sees_all(span, window, kKeys));
-
+    const bool by_rows = all(row[0].sees_all_or_none(span, window, kKeys) &&
+                             row[1].sees_all_or_none(span, window, kKeys));
+    const bool everything = by_rows && all((named[0] || row[0].query < 0) && (named[1] || row[1].query < 0));
 #pragma unroll 1
-    for (int step = 0; step < kKeys / key_warps; step += kStep)
-      meet_keys(queries, span, keys, k, v, key_warp() * (kKeys / key_warps) + step, everything);
+    for (int step = 0; step < kWarpKeys; step += 8 * kN) {
+      const int first_key = key_warp() * kWarpKeys + step;
+      float s[kN][4];
+      Math::multiply_rows(s, queries, row_warp() * 16, k, first_key);
+      a.logits.of_products(s);
+      if (!by_rows) {
+        hide_keys(s, named, keys + first_key);
+      } else if (!everything) {
+        hide_rows(s, named);
+      }
+      add(s, v, first_key);
+    }
   }
 
-  __device__ __forceinline__ void meet_keys(const Matrix<E>& queries, const TileSpan& span, const Key* keys,
-                                            const Matrix<E>& k, const Matrix<E>& v, int first_key,
-                                            bool everything) {
-    const int window = a.logits.window;
-    float s[kN][4];
-    Math::multiply_rows(s, queries, row_warp() * 16, k, first_key);
-    bool named[2];
+  __device__ __forceinline__ static void hide_rows(float (&s)[kN][4], const bool (&named)[2]) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) named[i] = row[i].meets(span);
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = named[i / 2] ? s[n][i] : -INFINITY;
+    }
+  }
+
+  __device__ __forceinline__ void hide_keys(float (&s)[kN][4], const bool (&named)[2],
+                                            const Key* keys) const {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        s[n][e] = a.logits(s[n][e]);
-        s[n][2 + e] = a.logits(s[n][2 + e]);
-        if (everything) continue;
-        const Key key = load(keys + first_key + 8 * n + fragment_column() + e);
+        const Key key = load(keys + 8 * n + fragment_column() + e);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (!named[i] || !row[i].sees(key, window)) s[n][2 * i + e] = -INFINITY;
+          float& logit = s[n][2 * i + e];
+          logit = named[i] && row[i].sees(key, a.logits.window) ? logit : -INFINITY;
         }
       }
     }
+  }
+
+  // Keys with logits s, from `first_key` of the tile on, join the states.
+  __device__ __forceinline__ void add(float (&s)[kN][4], const Matrix<E>& v, int first_key) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float top = m[i];
@@ -240,13 +257,13 @@ struct Rows {
     float top = kEmptyMax, sum = 0, weight[kWarps];
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) {
-      if (i < key_warps) top = fmaxf(top, shared.max[r / 16 + row_warps * i][r % 16]);
+      if (i < kKeyWarps) top = fmaxf(top, shared.max[r / 16 + kRowWarps * i][r % 16]);
     }
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) {
       weight[i] = 0;
-      if (i >= key_warps) continue;
-      const int w = r / 16 + row_warps * i;
+      if (i >= kKeyWarps) continue;
+      const int w = r / 16 + kRowWarps * i;
       weight[i] = ptx::ex2(shared.max[w][r % 16] - top);
       sum += shared.sum[w][r % 16] * weight[i];
     }
@@ -281,8 +298,8 @@ struct Rows {
       float value = 0;
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) {
-        if (i < key_warps)
-          value += states[((r / 16 + row_warps * i) * 16 + r % 16) * a.o_stride + x] * weight[i];
+        if (i < kKeyWarps)
+          value += states[((r / 16 + kRowWarps * i) * 16 + r % 16) * a.o_stride + x] * weight[i];
       }
       bad[j] = !is_finite(value);
       some_bad |= bad[j];
@@ -300,7 +317,7 @@ struct Rows {
 };
 
 template <class Math, int kColumns>
-__global__ void __launch_bounds__(kThreads, kColumns == 64 && sizeof(typename Math::Element) == 2 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     attend_kernel(const __grid_constant__ Problem<typename Math::Element> a) {
   const AttendParams& p = a.p;
   const auto index = static_cast<int32_t>(blockIdx.x / p.num_kv_heads);
@@ -312,20 +329,25 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 && sizeof(typename Ma
     return;
   }
   if (index >= p.plan.counts[kNumTasks]) return;
-  const PlanTask task = p.plan.task[index];
+  PlanTask& task = shared<Shared<E>>().task;
+  if (threadIdx.x == 0) task = p.plan.task[index];
+  __syncthreads();
   if (task.kv_head >= 0 && task.kv_head != kv_head) return;
-  const int rows = (task.query_end - task.query_begin) * (p.num_q_heads / p.num_kv_heads);
-  for (int first = 0; first < rows; first += kMaxRows) {
-    const int count = min(kMaxRows, rows - first);
-    if (count > 16) {
-      Rows<Math, kColumns, kWideStep<E, kColumns>>(a, task, kv_head, first, count, count > 32 ? 4 : 2).run();
+  const auto rows = [&] { return (task.query_end - task.query_begin) * (p.num_q_heads / p.num_kv_heads); };
+  for (int first = 0; first < rows(); first += kMaxRows) {
+    const int count = min(kMaxRows, rows() - first);
+    if (count > 32) {
+      Rows<Math, kColumns, 4>(a, task, kv_head, first, count).run();
+    } else if (count > 16) {
+      Rows<Math, kColumns, 2>(a, task, kv_head, first, count).run();
     } else {
-      Rows<Math, kColumns, kThinStep<E>>(a, task, kv_head, first, count, 1).run();
+      Rows<Math, kColumns, 1>(a, task, kv_head, first, count).run();
     }
   }
 }
 
-// Second pass: a group of lanes merges the partial states of one head of a query in the order of the plan.
+// Second pass: a group of lanes merges the partial states of one head of a query in the order of the plan, 32
+// of them at a time: each lane fetches the maximum and the sum of one, and its columns of all.
 template <class E>
 __global__ void __launch_bounds__(kThreads) attend_merge_kernel(const __grid_constant__ AttendParams p) {
   const int64_t index = int64_t{blockIdx.x} * kWarps + warp();
@@ -336,22 +358,44 @@ __global__ void __launch_bounds__(kThreads) attend_merge_kernel(const __grid_con
   const auto* part_max = static_cast<const float*>(p.partial_max);
   const auto* part_sum = static_cast<const float*>(p.partial_sum);
   const auto* part_out = static_cast<const float*>(p.partial_out);
-  auto state = [&](int i) { return p.plan.merge_row[i] * int64_t{p.num_q_heads} + head; };
+  constexpr int kColumns = 4;  // of a lane at a time
   float top = kEmptyMax, sum = 0;
-  for (int i = begin; i < end; ++i) top = fmaxf(top, part_max[state(i)]);
-  for (int i = begin; i < end; ++i) sum += part_sum[state(i)] * ptx::ex2(part_max[state(i)] - top);
-  const Finished done = finish(p, static_cast<int>(head), top, sum);
+  for (int32_t i = begin + lane(); i < end; i += kLanes)
+    top = fmaxf(top, part_max[p.plan.merge_row[i] * int64_t{p.num_q_heads} + head]);
+  top = group_max(top);
   const int64_t row = p.plan.query_index[query];
   E* out = static_cast<E*>(p.out.data) + row * p.out.token + head * p.out.head;
-  if (lane() == 0) static_cast<float*>(p.lse)[row * p.num_q_heads + head] = done.lse;
-  for (int x = lane(); x < p.v_head_dim; x += kLanes) {
-    float value = 0;
-    for (int i = begin; i < end; ++i) {
-      const float weight = ptx::ex2(part_max[state(i)] - top);
-      if (weight == 0 || part_sum[state(i)] == 0) continue;  // whatever its row holds
-      value = fmaf(part_out[state(i) * p.v_head_dim + x], weight, value);
+  for (int first = 0; first < p.v_head_dim; first += kColumns * kLanes) {
+    float value[kColumns] = {};
+    sum = 0;
+    for (int32_t base = begin; base < end; base += kLanes) {
+      int64_t mine = 0;
+      float weight = 0;
+      if (base + lane() < end) {
+        mine = p.plan.merge_row[base + lane()] * int64_t{p.num_q_heads} + head;
+        weight = part_sum[mine] == 0 ? 0.0f : ptx::ex2(part_max[mine] - top);
+        sum += part_sum[mine] * weight;
+      }
+      const int count = min(end - base, kLanes);
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        const float w = shuffle(weight, i);
+        const float* from = part_out + shuffle(mine, i) * p.v_head_dim + first;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const int x = lane() + kLanes * c;
+          const float part = first + x < p.v_head_dim ? from[x] : 0.0f;
+          value[c] = w == 0 ? value[c] : fmaf(part, w, value[c]);  // whatever a row of no weight holds
+        }
+      }
     }
-    out[x] = narrow<E>(value * done.factor);
+    const Finished done = finish(p, static_cast<int>(head), top, group_sum(sum));
+    if (lane() == 0 && first == 0) static_cast<float*>(p.lse)[row * p.num_q_heads + head] = done.lse;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int x = first + lane() + kLanes * c;
+      if (x < p.v_head_dim) out[x] = narrow<E>(value[c] * done.factor);
+    }
   }
 }
 

@@ -45,11 +45,14 @@ struct QueryRow {
     if (!meets(t)) return false;
     return !t.run || (pos >= t.min_lo && pos < t.hi && (window == 0 || depth - t.max_depth < window));
   }
-  // Every key, or there is no row that could see too much.
-  __device__ __forceinline__ bool sees_all(const TileSpan& t, int window, int tile_keys) const {
-    if (query < 0) return true;
-    return meets(t) && t.run && t.count == tile_keys && pos >= t.max_lo && pos < t.hi &&
+  // Every key or none, or there is no row that could see too much.
+  __device__ __forceinline__ bool sees_all_or_none(const TileSpan& t, int window, int tile_keys) const {
+    if (query < 0 || !meets(t)) return true;
+    return t.run && t.count == tile_keys && pos >= t.max_lo && pos < t.hi &&
            (window == 0 || depth - t.min_depth < window);
+  }
+  __device__ __forceinline__ bool sees_all(const TileSpan& t, int window, int tile_keys) const {
+    return query < 0 || (meets(t) && sees_all_or_none(t, window, tile_keys));
   }
 };
 
@@ -91,22 +94,27 @@ class KeyCursor {
         item_end_(item_end),
         tile_begin_(query_begin),
         tile_end_(query_end),
-        window_(window) {}
+        window_(window) {
+    look_at_item();
+  }
 
   // False when there is none left. Thread i receives key i.
   __device__ __forceinline__ bool next(TileSpan& span, Key& key) {
-    PlanSegment s;
     for (;;) {
       if (segment_ == segment_end_) {
         if (!enter_item()) return false;
         continue;
       }
-      s = plan_.segment[segment_];
-      offset_ = max(offset_, hidden(s));
-      if (offset_ < s.length) break;
+      if (segment_ != read_) {
+        read_ = segment_;
+        current_ = plan_.segment[segment_];
+      }
+      offset_ = max(offset_, hidden(current_));
+      if (offset_ < current_.length) break;
       ++segment_;
       offset_ = 0;
     }
+    const PlanSegment s = current_;
     span.query_begin = query_begin_;
     span.query_end = query_end_;
     span.first_named = tile_begin_;
@@ -121,9 +129,16 @@ class KeyCursor {
   }
 
  private:
+  // An item ahead: where each has a tile of its own, every tile would wait for it.
+  __device__ __forceinline__ void look_at_item() {
+    if (item_ < item_end_) upcoming_ = plan_.item[item_];
+  }
+
   __device__ __forceinline__ bool enter_item() {
     while (item_ < item_end_) {
-      const PlanItem item = plan_.item[item_++];
+      const PlanItem item = upcoming_;
+      ++item_;
+      look_at_item();
       if (plan_.item_query == nullptr) {
         query_begin_ = max(item.query_begin, tile_begin_);
         query_end_ = min(item.query_end, tile_end_);
@@ -227,6 +242,9 @@ class KeyCursor {
   int32_t segment_ = 0, segment_end_ = 0, query_begin_ = 0, query_end_ = 0, first_depth_ = 0;
   int offset_ = 0;
   uint64_t named_ = ~uint64_t{0};
+  PlanItem upcoming_{0, 0, 0, 0};
+  int32_t read_ = -1;  // the segment that current_ is
+  PlanSegment current_{0, 0, 0, 0, 0, 0};
 };
 
 }  // namespace palmette::gpu

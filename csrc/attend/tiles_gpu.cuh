@@ -35,18 +35,21 @@ template <class E>
 __device__ __forceinline__ void copy_query_rows(const Matrix<E>& to, int rows, const Source<E>& from,
                                                 const PlanView& plan, RowOf at, int first, int valid,
                                                 int kv_head) {
-  copy_rows(to, rows, from.width, from.by_chunks, from.data, [&](int row) -> const E* {
+  const auto source = [&](int row) -> const E* {
     if (row >= valid) return nullptr;
     const int r = first + row;
     return from.row(plan.query_index[at.query(r)], kv_head * at.group + r % at.group);
-  });
+  };
+  copy_rows(to, rows, from.width, from.by_chunks, from.data, source, valid >= rows);
 }
 
 template <class E>
 __device__ __forceinline__ void copy_key_rows(const Matrix<E>& to, int rows, const Source<E>& from,
                                               const Key* keys, int count, int kv_head) {
-  copy_rows(to, rows, from.width, from.by_chunks, from.data,
-            [&](int row) -> const E* { return row < count ? from.row(keys[row].slot, kv_head) : nullptr; });
+  const auto source = [&](int row) -> const E* {
+    return row < count ? from.row(keys[row].slot, kv_head) : nullptr;
+  };
+  copy_rows(to, rows, from.width, from.by_chunks, from.data, source, count >= rows);
 }
 
 // Is the plan still one for these q and k? A captured graph, or compiled code, is launched again with what
@@ -89,14 +92,16 @@ struct Stages {
 };
 
 // Brings the tiles of a cursor into shared memory, one after the other, and calls
-// meet(span, keys, K, V) for each, by all threads. K and V are copied a stage ahead; the keys of a tile are
-// looked up one tile before that. Copies that were committed before have arrived when the first tile has.
+// meet(span, keys, K, V) for each, by all threads. With two stages, K and V of a tile are copied while the one
+// before is met; the keys of a tile are looked up one tile before that. Copies that were committed before
+// have arrived when the first tile has.
 template <class E, class Cursor, class Meet>
 __device__ __forceinline__ void for_each_tile(KeyRing<E>& ring, unsigned char* memory, const Stages& stages,
                                               Cursor cursor, const Source<E>& k, const Source<E>& v,
                                               int kv_head, Meet meet) {
   constexpr int kKeys = kTileKeys<E>;
   // Tile n uses ring slot n % (stages + 1) and stage n % stages.
+  const bool ahead = stages.count == 2;
   const int slots = stages.count + 1;
   const auto k_of = [&](int stage) {
     return Matrix<E>{reinterpret_cast<E*>(memory + stage * stages.stage_offset), stages.k};
@@ -118,35 +123,35 @@ __device__ __forceinline__ void for_each_tile(KeyRing<E>& ring, unsigned char* m
   const auto put_place = [&](int slot, int32_t place) {
     if (threadIdx.x < kKeys) ring.key[slot][threadIdx.x].slot = place;
   };
-  // An empty group of copies where there is no such tile.
-  const auto fetch = [&](int slot, int stage, bool exists) {
-    if (exists) {
-      copy_key_rows(k_of(stage), kKeys, k, ring.key[slot], ring.span[slot].count, kv_head);
-      copy_key_rows(v_of(stage), kKeys, v, ring.key[slot], ring.span[slot].count, kv_head);
-    }
+  const auto fetch = [&](int slot, int stage) {
+    copy_key_rows(k_of(stage), kKeys, k, ring.key[slot], ring.span[slot].count, kv_head);
+    copy_key_rows(v_of(stage), kKeys, v, ring.key[slot], ring.span[slot].count, kv_head);
     ptx::commit_copies();
   };
+  const auto next = [](int i, int count) { return i + 1 == count ? 0 : i + 1; };
 
   int known = 0;  // tiles whose keys are in shared memory
   for (int32_t place; known < stages.count && look_ahead(known, place); ++known) put_place(known, place);
   __syncthreads();
-  for (int i = 0; i + 1 < stages.count; ++i) fetch(i, i, i < known);
-  for (int tile = 0, slot = 0, stage = 0; tile < known; ++tile) {
-    if (tile > 0) __syncthreads();  // everyone has left the tile before; the next ones' keys are there
-    const int ahead = tile + stages.count - 1;
-    fetch(ahead % slots, ahead % stages.count, ahead < known);
-    int32_t place = 0;
-    const bool more = known == tile + stages.count && look_ahead(known % slots, place);
-    if (stages.count == 2) {
-      ptx::wait_for_copies<1>();
-    } else {
-      ptx::wait_for_copies<0>();
+  if (ahead && known > 0) fetch(0, 0);
+#pragma unroll 1
+  for (int tile = 0, slot = 0, stage = 0; tile < known;
+       ++tile, slot = next(slot, slots), stage = next(stage, stages.count)) {
+    if (!ahead) {
+      if (tile > 0) __syncthreads();  // everyone has left the tile before
+      fetch(slot, stage);
     }
-    __syncthreads();
+    ptx::wait_for_copies<0>();
+    __syncthreads();  // everyone has left the tile before; this one is there, and the next one's keys
+    if (ahead && tile + 1 < known) fetch(next(slot, slots), stage ^ 1);
+    int32_t place = 0;
+    const int free = slot == 0 ? slots - 1 : slot - 1;  // of the tile before
+    const bool more = look_ahead(free, place);
     meet(ring.span[slot], ring.key[slot], k_of(stage), v_of(stage));
-    if (more) put_place(known++ % slots, place);
-    slot = slot + 1 == slots ? 0 : slot + 1;
-    stage = stage + 1 == stages.count ? 0 : stage + 1;
+    if (more) {
+      put_place(free, place);
+      ++known;
+    }
   }
   ptx::wait_for_copies<0>();
   __syncthreads();
@@ -168,6 +173,23 @@ struct Logits {
   }
   __device__ __forceinline__ float operator()(float product) const {
     return cap > 0 ? cap * tanhf(product * scale) : product * scale;
+  }
+  // Products of queries and keys become logits; asks once about the cap.
+  template <int kN>
+  __device__ __forceinline__ void of_products(float (&s)[kN][4]) const {
+    if (cap > 0) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = cap * tanhf(s[n][i] * scale);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] *= scale;
+      }
+    }
   }
   __device__ __forceinline__ float operator()(float product, float& slope_there) const {
     slope_there = slope;

@@ -42,6 +42,18 @@ Swizzle swizzle_of(int width) {
   return Swizzle::of(padded(width) / kPerChunk<E>);
 }
 
+// A row, and those a multiple of eight rows below it: their chunks lie in the same order.
+template <class E>
+struct MatrixRow {
+  E* data;
+  int flip, stride;  // stride: elements from row to row
+
+  __device__ __forceinline__ E* chunk(int chunk) const { return data + (chunk ^ flip) * kPerChunk<E>; }
+  __device__ __forceinline__ E* chunk(int chunk, int rows_below) const {
+    return this->chunk(chunk) + rows_below * stride;
+  }
+};
+
 template <class E>
 struct Matrix {
   E* data;
@@ -49,6 +61,10 @@ struct Matrix {
 
   __device__ __forceinline__ E* chunk(int row, int chunk) const {
     return data + swizzle.place(row, chunk) * kPerChunk<E>;
+  }
+  __device__ __forceinline__ MatrixRow<E> row(int row) const {
+    const int stride = swizzle.chunks * kPerChunk<E>;
+    return {data + row * stride, (row & 7) >> swizzle.shift, stride};
   }
 };
 
@@ -60,24 +76,57 @@ inline bool copies_by_chunks(const void* data, int64_t element_bytes, int64_t st
 
 // Rows [0, rows) of `to` from source(row), null for a row of zeros. By chunks, the copy is asynchronous: it
 // has arrived when its group of copies has been waited for. Eight threads share a row, so that they read 128
-// bytes in a row.
+// bytes in a row. `all_there`, the same for all threads: no row is null.
 template <class E, class Source>
 __device__ __forceinline__ void copy_rows(const Matrix<E>& to, int rows, int width, bool by_chunks,
-                                          const E* valid, Source source) {
-  for (int row = static_cast<int>(threadIdx.x) / 8; row < rows; row += kThreads / 8) {
-    const E* from = source(row);
-    for (int chunk = static_cast<int>(threadIdx.x) % 8; chunk < to.swizzle.chunks; chunk += 8) {
-      const int column = chunk * kPerChunk<E>;
-      const int there = from == nullptr ? 0 : max(0, min(width - column, kPerChunk<E>));
-      E* place = to.chunk(row, chunk);
-      if (by_chunks) {
-        ptx::copy_async_16(place, there > 0 ? from + column : valid,
-                           static_cast<uint32_t>(there * static_cast<int>(sizeof(E))));
-      } else {
-        Pack<E, kPerChunk<E>> values;
+                                          const E* valid, Source source, bool all_there = false) {
+  constexpr int kShare = 8, kRowStep = kThreads / kShare;  // a multiple of eight rows
+  constexpr int kAtOnce = sizeof(E) == 2 ? 4 : 2;          // rows of a thread
+  constexpr int kBytes = static_cast<int>(sizeof(E));
+  const int first = static_cast<int>(threadIdx.x) / kShare, mine = static_cast<int>(threadIdx.x) % kShare;
+  const MatrixRow<E> target = to.row(first);
+  const int chunks = to.swizzle.chunks;
+  const bool whole = by_chunks && all_there && width == chunks * kPerChunk<E> && rows % kRowStep == 0;
+#pragma unroll 1
+  for (int base = first; base < rows; base += kAtOnce * kRowStep) {
+    const E* from[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kPerChunk<E>; ++i) values.value[i] = i < there ? from[column + i] : E{};
-        store(reinterpret_cast<Pack<E, kPerChunk<E>>*>(place), values);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = base + i * kRowStep;
+      from[i] = row < rows ? source(row) : nullptr;
+    }
+    E* place = target.chunk(mine, base - first);
+    if (whole) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) from[i] += mine * kPerChunk<E>;
+#pragma unroll 1
+      for (int chunk = mine; chunk < chunks; chunk += kShare, place += kShare * kPerChunk<E>) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (base - first + i * kRowStep < rows)
+            ptx::copy_async_16(place + i * kRowStep * target.stride, from[i]);
+          from[i] += kShare * kPerChunk<E>;
+        }
+      }
+      continue;
+    }
+#pragma unroll 1
+    for (int chunk = mine; chunk < chunks; chunk += kShare, place += kShare * kPerChunk<E>) {
+      const int column = chunk * kPerChunk<E>, there = max(0, min(width - column, kPerChunk<E>));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (base + i * kRowStep >= rows) break;
+        const int elements = from[i] == nullptr ? 0 : there;
+        E* to_chunk = place + i * kRowStep * target.stride;
+        if (by_chunks) {
+          ptx::copy_async_16(to_chunk, elements > 0 ? from[i] + column : valid,
+                             static_cast<uint32_t>(elements * kBytes));
+        } else {
+          Pack<E, kPerChunk<E>> values;
+#pragma unroll
+          for (int j = 0; j < kPerChunk<E>; ++j) values.value[j] = j < elements ? from[i][column + j] : E{};
+          store(reinterpret_cast<Pack<E, kPerChunk<E>>*>(to_chunk), values);
+        }
       }
     }
   }

@@ -4,7 +4,7 @@
 //     multiply_rows    C[16][N]      = A[16][depth] B[N][depth]^T    A and B in shared memory   (q k, do v)
 //     accumulate_rows  C[16][width] += P[16][N] B[N][width]          P in registers             (p v, ds k)
 //
-// (of B, the columns from b_column on).
+// (of B, the columns from b_column on; what C holds of columns from `width` on is nobody's).
 // Both leave C and take P as the tensor cores hold an accumulator: lane l has, of every 8 columns, with
 // g = l / 4 and t = 2 (l % 4),
 //
@@ -119,17 +119,19 @@ struct Tensor {
     static_assert(kN % 2 == 0, "ldmatrix brings the columns of two products");
 #pragma unroll
     for (int n = 0; n < kN; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+    const MatrixRow<E> a_at = a.row(a_row + (lane() & 15));
+    const MatrixRow<E> b_at = b.row(b_row + (lane() & 7) + (lane() >> 4 << 3));
     const int steps = a.swizzle.chunks / 2;
+#pragma unroll 4
     for (int k = 0; k < steps; ++k) {
       // of A: rows 0-7, rows 8-15, and the same of the next chunk
       uint32_t x[4];
-      ptx::load_matrix_x4<false>(x, a.chunk(a_row + (lane() & 15), 2 * k + (lane() >> 4)));
+      ptx::load_matrix_x4<false>(x, a_at.chunk(2 * k + (lane() >> 4)));
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         // of B: columns 8 n .. + 7, both chunks, then the eight columns after them
         uint32_t y[4];
-        ptx::load_matrix_x4<false>(
-            y, b.chunk(b_row + 8 * n + (lane() & 7) + (lane() >> 4 << 3), 2 * k + (lane() >> 3 & 1)));
+        ptx::load_matrix_x4<false>(y, b_at.chunk(2 * k + (lane() >> 3 & 1), 8 * n));
         Instruction::multiply(c[n], x, y[0], y[1]);
         Instruction::multiply(c[n + 1], x, y[2], y[3]);
       }
@@ -140,21 +142,30 @@ struct Tensor {
   __device__ static __forceinline__ void accumulate_rows(float (&c)[kTiles][4], const float (&p)[kN][4],
                                                          const Matrix<E>& b, int b_row, int width,
                                                          int b_column = 0) {
-    static_assert(kN % 2 == 0 && kTiles % 2 == 0, "an mma adds 16 rows, ldmatrix brings 16 columns");
+    static_assert(kN % 2 == 0 && kTiles % 8 == 0, "an mma adds 16 rows; 64 columns are multiplied together");
+    const MatrixRow<E> b_at = b.row(b_row + (lane() & 15));
+    const int last = b.swizzle.chunks - 1;
+    uint32_t x[kN / 2][4];
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      const uint32_t x[4] = {Instruction::pack(p[n][0], p[n][1]), Instruction::pack(p[n][2], p[n][3]),
-                             Instruction::pack(p[n + 1][0], p[n + 1][1]),
-                             Instruction::pack(p[n + 1][2], p[n + 1][3])};
+    for (int n = 0; n < kN; ++n) {
+      x[n / 2][n % 2 * 2] = Instruction::pack(p[n][0], p[n][1]);
+      x[n / 2][n % 2 * 2 + 1] = Instruction::pack(p[n][2], p[n][3]);
+    }
+    // Columns that B does not have repeat its last ones: a branch would keep these products from overlapping
+    // with each other, and nobody reads their sums.
 #pragma unroll
-      for (int m = 0; m < kTiles; m += 2) {
-        if (8 * m >= width) break;
-        // of B, transposed: rows 0-7, rows 8-15, and the same of the next eight columns
-        uint32_t y[4];
-        ptx::load_matrix_x4<true>(y,
-                                  b.chunk(b_row + 8 * n + (lane() & 15), b_column / 8 + m + (lane() >> 4)));
-        Instruction::multiply(c[m], x, y[0], y[1]);
-        Instruction::multiply(c[m + 1], x, y[2], y[3]);
+    for (int part = 0; part < kTiles; part += 8) {
+      if (8 * part >= width) break;
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+#pragma unroll
+        for (int m = part; m < part + 8; m += 2) {
+          // of B, transposed: rows 0-7, rows 8-15, and the same of the next eight columns
+          uint32_t y[4];
+          ptx::load_matrix_x4<true>(y, b_at.chunk(min(b_column / 8 + m + (lane() >> 4), last), 8 * n));
+          Instruction::multiply(c[m], x[n / 2], y[0], y[1]);
+          Instruction::multiply(c[m + 1], x[n / 2], y[2], y[3]);
+        }
       }
     }
   }
