@@ -82,9 +82,8 @@ struct QueryGradient {
       });
       for (int i = 0; i < listed; ++i) {
         const PlanTask& t = p.plan.task[shared.list.task[i]];
-        const KeyCursor<kKeys> cursor(p.plan, t.item_begin, t.item_end, query_begin, query_end,
-                                      a.logits.window);
-        for_each_tile(shared.ring, stages, a.stages, cursor, a.k, a.v, kv_head,
+        const KeyRange range{t.item_begin, t.item_end, query_begin, query_end, a.logits.window};
+        for_each_tile(shared.ring, stages, a.stages, p.plan, range, a.k, a.v, kv_head,
                       [&](const TileSpan& span, const Key* keys, const Matrix<E>& k, const Matrix<E>& v) {
                         meet(q, dout, span, keys, k, v);
                       });

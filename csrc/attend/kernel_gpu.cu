@@ -44,7 +44,8 @@ struct Problem {
   Stages stages;
   int o_stride;  // floats between rows of O in shared memory
 
-  __device__ __forceinline__ Matrix<E> queries(unsigned char* tiles) const {
+  template <int kChunks>
+  __device__ __forceinline__ Matrix<E, kChunks> queries(unsigned char* tiles) const {
     return {reinterpret_cast<E*>(tiles), stages.k};
   }
   __device__ __forceinline__ unsigned char* after_queries(unsigned char* tiles) const {
@@ -94,10 +95,12 @@ constexpr int kStep = std::min(kTileKeys<E> / (kWarps / kRowWarps),
                                                  : 16);
 
 // The rows of a task from `first` on, at most 16 * kRowWarps of them: the warps are divided by rows and, what
-// is left of them, by keys.
-template <class Math, int kColumns, int kRowWarps>
+// is left of them, by keys. kExact: q, k and v have kColumns columns.
+template <class Math, int kColumns, bool kExact, int kRowWarps>
 struct Rows {
   using E = typename Math::Element;
+  static constexpr int kChunks = kExact ? kColumns / kPerChunk<E> : 0;
+  using Tile = Matrix<E, kChunks>;
   static constexpr int kKeys = kTileKeys<E>, kTiles = kColumns / 8;
   static constexpr int kKeyWarps = kWarps / kRowWarps, kWarpKeys = kKeys / kKeyWarps;
   static constexpr int kN = kStep<E, kColumns, kRowWarps> / 8;
@@ -137,27 +140,27 @@ struct Rows {
     for (int i = 0; i < kTiles; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
     m[0] = m[1] = kEmptyMax;
     l[0] = l[1] = 0;
-    const Matrix<E> queries = a.queries(shared.tiles);
+    const auto queries = a.template queries<kChunks>(shared.tiles);
     copy_query_rows(queries, 16 * kRowWarps, a.q, p.plan, at, first, count, kv_head);
     ptx::commit_copies();
-    const KeyCursor<kKeys> cursor(p.plan, task.item_begin, task.item_end, at.query(first),
-                                  at.query(first + count - 1) + 1, a.logits.window);
-    for_each_tile(shared.ring, a.after_queries(shared.tiles), a.stages, cursor, a.k, a.v, kv_head,
-                  [&](const TileSpan& span, const Key* keys, const Matrix<E>& k, const Matrix<E>& v) {
-                    meet(queries, span, keys, k, v);
-                  });
+    const KeyRange range{task.item_begin, task.item_end, at.query(first), at.query(first + count - 1) + 1,
+                         a.logits.window};
+    for_each_tile<kChunks>(shared.ring, a.after_queries(shared.tiles), a.stages, p.plan, range, a.k, a.v,
+                           kv_head, [&](const TileSpan& span, const Key* keys, const Tile& k, const Tile& v) {
+                             meet(queries, span, keys, k, v);
+                           });
     write();
   }
 
   // This warp's rows meet its keys of a tile.
-  __device__ __forceinline__ void meet(const Matrix<E>& queries, const TileSpan& span, const Key* keys,
-                                       const Matrix<E>& k, const Matrix<E>& v) {
+  __device__ __forceinline__ void meet(const Tile& queries, const TileSpan& span, const Key* keys,
+                                       const Tile& k, const Tile& v) {
     const int window = a.logits.window;
     const bool named[2] = {row[0].meets(span), row[1].meets(span)};
-    if (!any(row[0].sees_some(span, window) || row[1].sees_some(span, window))) return;
-    const bool by_rows = all(row[0].sees_all_or_none(span, window, kKeys) &&
+    if (!any(row[0].sees_some(span, window) | row[1].sees_some(span, window))) return;
+    const bool by_rows = all(row[0].sees_all_or_none(span, window, kKeys) &
                              row[1].sees_all_or_none(span, window, kKeys));
-    const bool everything = by_rows && all((named[0] || row[0].query < 0) && (named[1] || row[1].query < 0));
+    const bool everything = by_rows && all((named[0] | (row[0].query < 0)) & (named[1] | (row[1].query < 0)));
 #pragma unroll 1
     for (int step = 0; step < kWarpKeys; step += 8 * kN) {
       const int first_key = key_warp() * kWarpKeys + step;
@@ -191,14 +194,15 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& logit = s[n][2 * i + e];
-          logit = named[i] && row[i].sees(key, a.logits.window) ? logit : -INFINITY;
+          logit = named[i] & row[i].sees(key, a.logits.window) ? logit : -INFINITY;
         }
       }
     }
   }
 
   // Keys with logits s, from `first_key` of the tile on, join the states.
-  __device__ __forceinline__ void add(float (&s)[kN][4], const Matrix<E>& v, int first_key) {
+  __device__ __forceinline__ void add(float (&s)[kN][4], const Tile& v, int first_key) {
+    float c[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float top = m[i];
@@ -206,27 +210,28 @@ struct Rows {
       for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
       top = fmaxf(top, shuffle_xor(top, 1));
       top = fmaxf(top, shuffle_xor(top, 2));
-      const float c = ptx::ex2(m[i] - top);
+      c[i] = ptx::ex2(m[i] - top);
       m[i] = top;
-      float sum = 0;
+    }
+    float sum[2][2] = {};  // of this thread's columns, even and odd
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
+    for (int n = 0; n < kN; ++n) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& weight = s[n][2 * i + e];
-          weight = ptx::ex2(weight - top);
-          sum += weight;
-        }
-      }
-      l[i] = l[i] * c + sum;  // of this thread's columns
-      if (!any(c != 1.0f)) continue;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        o[n][2 * i] *= c;
-        o[n][2 * i + 1] *= c;
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = ptx::ex2(s[n][i] - m[i / 2]);
+        sum[i / 2][i % 2] += s[n][i];
       }
     }
-    Math::accumulate_rows(o, s, v, first_key, a.v.width);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) l[i] = l[i] * c[i] + (sum[i][0] + sum[i][1]);
+    if (any((c[0] != 1.0f) | (c[1] != 1.0f))) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[n][i] *= c[i / 2];
+      }
+    }
+    Math::accumulate_rows(o, s, v, first_key, kExact ? kColumns : a.v.width);
   }
 
   // The warps' states meet in shared memory, in the place of the tiles.
@@ -316,7 +321,7 @@ struct Rows {
   }
 };
 
-template <class Math, int kColumns>
+template <class Math, int kColumns, bool kExact>
 __global__ void __launch_bounds__(kThreads, 2)
     attend_kernel(const __grid_constant__ Problem<typename Math::Element> a) {
   const AttendParams& p = a.p;
@@ -337,11 +342,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int first = 0; first < rows(); first += kMaxRows) {
     const int count = min(kMaxRows, rows() - first);
     if (count > 32) {
-      Rows<Math, kColumns, 4>(a, task, kv_head, first, count).run();
+      Rows<Math, kColumns, kExact, 4>(a, task, kv_head, first, count).run();
     } else if (count > 16) {
-      Rows<Math, kColumns, 2>(a, task, kv_head, first, count).run();
+      // float of 256 columns has no register to spare for one more body
+      constexpr int kRowWarps = sizeof(E) == 4 && kColumns > 128 ? 4 : 2;
+      Rows<Math, kColumns, kExact, kRowWarps>(a, task, kv_head, first, count).run();
     } else {
-      Rows<Math, kColumns, 1>(a, task, kv_head, first, count).run();
+      Rows<Math, kColumns, kExact, 1>(a, task, kv_head, first, count).run();
     }
   }
 }
@@ -432,9 +439,13 @@ void launch_attend(const AttendParams& p, const LaunchContext& context) {
   using E = typename Math::Element;
   Problem<E> a = problem_of<E>(p);
   const size_t bytes = choose_stages(a);
-  const auto kernel = p.v_head_dim <= 64    ? &attend_kernel<Math, 64>
-                      : p.v_head_dim <= 128 ? &attend_kernel<Math, 128>
-                                            : &attend_kernel<Math, 256>;
+  auto kernel = p.v_head_dim <= 64    ? &attend_kernel<Math, 64, false>
+                : p.v_head_dim <= 128 ? &attend_kernel<Math, 128, false>
+                                      : &attend_kernel<Math, 256, false>;
+  if constexpr (sizeof(E) == 2) {
+    if (p.head_dim == p.v_head_dim && p.head_dim == 64) kernel = &attend_kernel<Math, 64, true>;
+    if (p.head_dim == p.v_head_dim && p.head_dim == 128) kernel = &attend_kernel<Math, 128, true>;
+  }
   const auto blocks = static_cast<unsigned>(int64_t{p.plan.num_tasks} * p.num_kv_heads);
   if (blocks > 0) launch("attend", kernel, dim3(blocks), dim3(kThreads), bytes, context, a);
   const int64_t groups = int64_t{p.plan.num_queries} * p.num_q_heads;

@@ -31,8 +31,8 @@ Source<E> source_of(const Strided& x, int width) {
 }
 
 // Rows [first, first + rows) of a run of queries, of which `valid` exist.
-template <class E>
-__device__ __forceinline__ void copy_query_rows(const Matrix<E>& to, int rows, const Source<E>& from,
+template <class E, int kChunks>
+__device__ __forceinline__ void copy_query_rows(const Matrix<E, kChunks>& to, int rows, const Source<E>& from,
                                                 const PlanView& plan, RowOf at, int first, int valid,
                                                 int kv_head) {
   const auto source = [&](int row) -> const E* {
@@ -43,8 +43,8 @@ __device__ __forceinline__ void copy_query_rows(const Matrix<E>& to, int rows, c
   copy_rows(to, rows, from.width, from.by_chunks, from.data, source, valid >= rows);
 }
 
-template <class E>
-__device__ __forceinline__ void copy_key_rows(const Matrix<E>& to, int rows, const Source<E>& from,
+template <class E, int kChunks>
+__device__ __forceinline__ void copy_key_rows(const Matrix<E, kChunks>& to, int rows, const Source<E>& from,
                                               const Key* keys, int count, int kv_head) {
   const auto source = [&](int row) -> const E* {
     return row < count ? from.row(keys[row].slot, kv_head) : nullptr;
@@ -74,7 +74,8 @@ constexpr int kMaxStages = 2;
 template <class E>
 struct KeyRing {
   Key key[kMaxStages + 1][kTileKeys<E>];
-  TileSpan span[kMaxStages + 1];
+  TileSpan span[kMaxStages + 1];  // of no keys: there is no such tile
+  KeyCursor<kTileKeys<E>> cursor;
 };
 
 struct Stages {
@@ -91,37 +92,49 @@ struct Stages {
   }
 };
 
-// Brings the tiles of a cursor into shared memory, one after the other, and calls
-// meet(span, keys, K, V) for each, by all threads. With two stages, K and V of a tile are copied while the one
-// before is met; the keys of a tile are looked up one tile before that. Copies that were committed before
-// have arrived when the first tile has.
-template <class E, class Cursor, class Meet>
+// Brings the tiles of a range into shared memory, one after the other, and calls meet(span, keys, K, V) for
+// each, by all threads. With two stages, K and V of a tile are copied while the one before is met; the first
+// warp looks up the keys of a tile one tile before that. Copies that were committed before have arrived when
+// the first tile has. kChunks: of rows of K and V, where it is known when compiling.
+template <int kChunks = 0, class E, class Meet>
 __device__ __forceinline__ void for_each_tile(KeyRing<E>& ring, unsigned char* memory, const Stages& stages,
-                                              Cursor cursor, const Source<E>& k, const Source<E>& v,
-                                              int kv_head, Meet meet) {
+                                              const PlanView& plan, const KeyRange& range, const Source<E>& k,
+                                              const Source<E>& v, int kv_head, Meet meet) {
   constexpr int kKeys = kTileKeys<E>;
+  using Cursor = KeyCursor<kKeys>;
   // Tile n uses ring slot n % (stages + 1) and stage n % stages.
   const bool ahead = stages.count == 2;
   const int slots = stages.count + 1;
+  const int v_offset = kChunks > 0 ? kKeys * kChunks * kChunkBytes : stages.v_offset;
+  const int stage_offset = kChunks > 0 ? 2 * v_offset : stages.stage_offset;
   const auto k_of = [&](int stage) {
-    return Matrix<E>{reinterpret_cast<E*>(memory + stage * stages.stage_offset), stages.k};
+    return Matrix<E, kChunks>{reinterpret_cast<E*>(memory + stage * stage_offset), stages.k};
   };
   const auto v_of = [&](int stage) {
-    return Matrix<E>{reinterpret_cast<E*>(memory + stage * stages.stage_offset + stages.v_offset), stages.v};
+    return Matrix<E, kChunks>{reinterpret_cast<E*>(memory + stage * stage_offset + v_offset), stages.v};
   };
   // The next tile's keys, all but where they lie: that comes from global memory, and is put in place later.
-  const auto look_ahead = [&](int slot, int32_t& place) {
+  const auto look_ahead = [&](int slot, int32_t (&place)[Cursor::kOfLane]) {
+    group_sync();
+    Cursor cursor = ring.cursor;
+    group_sync();
     TileSpan span;
-    Key key;
-    if (!cursor.next(span, key)) return false;
-    place = key.slot;
-    key.slot = 0;
-    if (threadIdx.x < kKeys) ring.key[slot][threadIdx.x] = key;
-    if (threadIdx.x == 0) ring.span[slot] = span;
-    return true;
+    Key key[Cursor::kOfLane];
+    if (!cursor.next(plan, span, key)) span.count = 0;
+#pragma unroll
+    for (int j = 0; j < Cursor::kOfLane; ++j) {
+      place[j] = key[j].slot;
+      key[j].slot = 0;
+      ring.key[slot][lane() + kLanes * j] = key[j];
+    }
+    if (lane() == 0) {
+      ring.span[slot] = span;
+      ring.cursor = cursor;
+    }
   };
-  const auto put_place = [&](int slot, int32_t place) {
-    if (threadIdx.x < kKeys) ring.key[slot][threadIdx.x].slot = place;
+  const auto put_place = [&](int slot, const int32_t (&place)[Cursor::kOfLane]) {
+#pragma unroll
+    for (int j = 0; j < Cursor::kOfLane; ++j) ring.key[slot][lane() + kLanes * j].slot = place[j];
   };
   const auto fetch = [&](int slot, int stage) {
     copy_key_rows(k_of(stage), kKeys, k, ring.key[slot], ring.span[slot].count, kv_head);
@@ -130,28 +143,29 @@ __device__ __forceinline__ void for_each_tile(KeyRing<E>& ring, unsigned char* m
   };
   const auto next = [](int i, int count) { return i + 1 == count ? 0 : i + 1; };
 
-  int known = 0;  // tiles whose keys are in shared memory
-  for (int32_t place; known < stages.count && look_ahead(known, place); ++known) put_place(known, place);
-  __syncthreads();
-  if (ahead && known > 0) fetch(0, 0);
-#pragma unroll 1
-  for (int tile = 0, slot = 0, stage = 0; tile < known;
-       ++tile, slot = next(slot, slots), stage = next(stage, stages.count)) {
-    if (!ahead) {
-      if (tile > 0) __syncthreads();  // everyone has left the tile before
-      fetch(slot, stage);
+  int32_t place[Cursor::kOfLane];
+  if (warp() == 0) {
+    const Cursor cursor(plan, range);
+    if (lane() == 0) ring.cursor = cursor;
+    for (int i = 0; i < stages.count; ++i) {
+      look_ahead(i, place);
+      put_place(i, place);
     }
+  }
+  __syncthreads();
+  if (ahead && ring.span[0].count > 0) fetch(0, 0);
+#pragma unroll 1
+  for (int slot = 0, stage = 0; ring.span[slot].count > 0;
+       slot = next(slot, slots), stage = next(stage, stages.count)) {
+    if (!ahead) fetch(slot, stage);
     ptx::wait_for_copies<0>();
     __syncthreads();  // everyone has left the tile before; this one is there, and the next one's keys
-    if (ahead && tile + 1 < known) fetch(next(slot, slots), stage ^ 1);
-    int32_t place = 0;
-    const int free = slot == 0 ? slots - 1 : slot - 1;  // of the tile before
-    const bool more = look_ahead(free, place);
-    meet(ring.span[slot], ring.key[slot], k_of(stage), v_of(stage));
-    if (more) {
-      put_place(free, place);
-      ++known;
-    }
+    const int following = next(slot, slots), free = next(following, slots);  // of the tile before
+    if (ahead && ring.span[following].count > 0) fetch(following, stage ^ 1);
+    if (warp() == 0) look_ahead(ahead ? free : following, place);
+    meet(load(&ring.span[slot]), ring.key[slot], k_of(stage), v_of(stage));
+    if (warp() == 0) put_place(ahead ? free : following, place);
+    if (!ahead) __syncthreads();
   }
   ptx::wait_for_copies<0>();
   __syncthreads();

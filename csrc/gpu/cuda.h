@@ -35,6 +35,8 @@ __device__ __forceinline__ T shuffle_up(T value, int distance) {
 __device__ __forceinline__ bool any(bool predicate) { return __any_sync(0xFFFFFFFFu, predicate) != 0; }
 __device__ __forceinline__ bool all(bool predicate) { return __all_sync(0xFFFFFFFFu, predicate) != 0; }
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xFFFFFFFFu, predicate); }
+// What a lane has written before, all read behind it.
+__device__ __forceinline__ void group_sync() { __syncwarp(); }
 
 // ---- launches
 // Lives while an operator launches its kernels. This library's copy of the CUDA runtime need not know which

@@ -47,6 +47,10 @@ __device__ __forceinline__ uint32_t ballot(bool predicate) {
 }
 __device__ __forceinline__ bool any(bool predicate) { return ballot(predicate) != 0; }
 __device__ __forceinline__ bool all(bool predicate) { return ballot(!predicate) == 0; }
+__device__ __forceinline__ void group_sync() {  // lanes go in step: only the compiler must not reorder
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+}
 
 // ---- launches
 struct LaunchScope {  // lives while an operator launches its kernels

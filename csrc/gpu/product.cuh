@@ -27,14 +27,14 @@ template <class E>
 struct Scalar {
   using Element = E;
 
-  template <int kN>
-  __device__ static __forceinline__ void multiply_rows(float (&c)[kN][4], const Matrix<E>& a, int a_row,
-                                                       const Matrix<E>& b, int b_row) {
+  template <int kN, int kChunks>
+  __device__ static __forceinline__ void multiply_rows(float (&c)[kN][4], const Matrix<E, kChunks>& a,
+                                                       int a_row, const Matrix<E, kChunks>& b, int b_row) {
     using Chunk = Pack<E, kPerChunk<E>>;
     const int g = fragment_row(), t = fragment_column();
 #pragma unroll
     for (int n = 0; n < kN; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
-    for (int k = 0; k < a.swizzle.chunks; ++k) {
+    for (int k = 0; k < a.chunks(); ++k) {
       const auto low = load(reinterpret_cast<const Chunk*>(a.chunk(a_row + g, k)));
       const auto high = load(reinterpret_cast<const Chunk*>(a.chunk(a_row + g + 8, k)));
 #pragma unroll
@@ -53,9 +53,9 @@ struct Scalar {
   }
 
   // A row's weights lie in four lanes, which hand them round.
-  template <int kN, int kTiles>
+  template <int kN, int kTiles, int kChunks>
   __device__ static __forceinline__ void accumulate_rows(float (&c)[kTiles][4], const float (&p)[kN][4],
-                                                         const Matrix<E>& b, int b_row, int width,
+                                                         const Matrix<E, kChunks>& b, int b_row, int width,
                                                          int b_column = 0) {
     using Pair = Pack<E, 2>;
     const int t = fragment_column();
@@ -113,38 +113,38 @@ struct Tensor {
   using Element = E;
   using Instruction = TensorInstruction<E>;
 
-  template <int kN>
-  __device__ static __forceinline__ void multiply_rows(float (&c)[kN][4], const Matrix<E>& a, int a_row,
-                                                       const Matrix<E>& b, int b_row) {
+  template <int kN, int kChunks>
+  __device__ static __forceinline__ void multiply_rows(float (&c)[kN][4], const Matrix<E, kChunks>& a,
+                                                       int a_row, const Matrix<E, kChunks>& b, int b_row) {
     static_assert(kN % 2 == 0, "ldmatrix brings the columns of two products");
 #pragma unroll
     for (int n = 0; n < kN; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
-    const MatrixRow<E> a_at = a.row(a_row + (lane() & 15));
-    const MatrixRow<E> b_at = b.row(b_row + (lane() & 7) + (lane() >> 4 << 3));
-    const int steps = a.swizzle.chunks / 2;
-#pragma unroll 4
+    const ChunkAddress<E, kChunks> a_at(a, a_row + (lane() & 15), lane() >= 16);
+    const ChunkAddress<E, kChunks> b_at(b, b_row + (lane() & 7) + (lane() >> 4 << 3), (lane() >> 3 & 1) != 0);
+    const int steps = a.chunks() / 2;
+#pragma unroll(kChunks > 0 ? kChunks / 2 : 4)
     for (int k = 0; k < steps; ++k) {
       // of A: rows 0-7, rows 8-15, and the same of the next chunk
       uint32_t x[4];
-      ptx::load_matrix_x4<false>(x, a_at.chunk(2 * k + (lane() >> 4)));
+      ptx::load_matrix_x4<false>(x, a_at(2 * k, 0));
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         // of B: columns 8 n .. + 7, both chunks, then the eight columns after them
         uint32_t y[4];
-        ptx::load_matrix_x4<false>(y, b_at.chunk(2 * k + (lane() >> 3 & 1), 8 * n));
+        ptx::load_matrix_x4<false>(y, b_at(2 * k, 8 * n));
         Instruction::multiply(c[n], x, y[0], y[1]);
         Instruction::multiply(c[n + 1], x, y[2], y[3]);
       }
     }
   }
 
-  template <int kN, int kTiles>
+  template <int kN, int kTiles, int kChunks>
   __device__ static __forceinline__ void accumulate_rows(float (&c)[kTiles][4], const float (&p)[kN][4],
-                                                         const Matrix<E>& b, int b_row, int width,
+                                                         const Matrix<E, kChunks>& b, int b_row, int width,
                                                          int b_column = 0) {
     static_assert(kN % 2 == 0 && kTiles % 8 == 0, "an mma adds 16 rows; 64 columns are multiplied together");
-    const MatrixRow<E> b_at = b.row(b_row + (lane() & 15));
-    const int last = b.swizzle.chunks - 1;
+    const ChunkAddress<E, kChunks> b_at(b, b_row + (lane() & 15), lane() >= 16);
+    const int last = b.chunks() - 2;
     uint32_t x[kN / 2][4];
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
@@ -162,7 +162,7 @@ struct Tensor {
         for (int m = part; m < part + 8; m += 2) {
           // of B, transposed: rows 0-7, rows 8-15, and the same of the next eight columns
           uint32_t y[4];
-          ptx::load_matrix_x4<true>(y, b_at.chunk(min(b_column / 8 + m + (lane() >> 4), last), 8 * n));
+          ptx::load_matrix_x4<true>(y, b_at(min(b_column / 8 + m, last), 8 * n));
           Instruction::multiply(c[m], x[n / 2], y[0], y[1]);
           Instruction::multiply(c[m + 1], x[n / 2], y[2], y[3]);
         }

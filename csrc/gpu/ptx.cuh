@@ -128,6 +128,17 @@ __device__ __forceinline__ void wait_for_copies() {
 
 #if defined(PALMETTE_PTX) || defined(PALMETTE_EMULATED)  // the rest has no counterpart under hipcc
 
+// An address in shared memory, to compute with.
+#if defined(PALMETTE_PTX)
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+#else
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+#endif
+
 // ---- named barriers
 
 __device__ __forceinline__ void barrier_sync(int id, int threads PALMETTE_COMMA_SITE) {
@@ -231,9 +242,9 @@ struct WidenFp16 {
 #endif
 
 template <bool kTransposed>
-__device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void* row PALMETTE_COMMA_SITE) {
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4],
+                                               SharedAddress address PALMETTE_COMMA_SITE) {
 #if defined(PALMETTE_PTX)
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   if (kTransposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
@@ -246,10 +257,15 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void
                  : "memory");
   }
 #elif defined(PALMETTE_EMULATED)
-  definition::LoadMatrixArgument argument{row, {}};
+  definition::LoadMatrixArgument argument{reinterpret_cast<const void*>(address), {}};
   emulator::join_warp(0xFFFFFFFFu, "ldmatrix", true, argument, definition::LoadMatrix<kTransposed>{}, site);
   for (int i = 0; i < 4; ++i) result[i] = argument.result[i];
 #endif
+}
+
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&result)[4], const void* row PALMETTE_COMMA_SITE) {
+  load_matrix_x4<kTransposed>(result, shared_address(row) PALMETTE_COMMA_PASS);
 }
 
 __device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,

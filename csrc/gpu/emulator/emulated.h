@@ -73,6 +73,7 @@ inline uint32_t ballot(bool predicate, EMULATOR_SITE) {
   const uint64_t votes = __ballot_sync(group_mask(), predicate, site);
   return static_cast<uint32_t>(emulator::lane_index() < 32 ? votes : votes >> 32);
 }
+inline void group_sync(EMULATOR_SITE) { __syncwarp(group_mask(), site); }
 
 // ---- launches
 using LaunchScope = emulator::LaunchScope;
