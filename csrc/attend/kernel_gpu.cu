@@ -42,7 +42,8 @@ struct Problem {
   Source<E> q, k, v;
   Logits logits;
   Stages stages;
-  int o_stride;  // floats between rows of O in shared memory
+  int o_stride;       // floats between rows of O in shared memory
+  bool out_by_fours;  // four columns of `out` lie at a multiple of their size
 
   template <int kChunks>
   __device__ __forceinline__ Matrix<E, kChunks> queries(unsigned char* tiles) const {
@@ -104,7 +105,9 @@ struct Rows {
   static constexpr int kKeys = kTileKeys<E>, kTiles = kColumns / 8;
   static constexpr int kKeyWarps = kWarps / kRowWarps, kWarpKeys = kKeys / kKeyWarps;
   static constexpr int kN = kStep<E, kColumns, kRowWarps> / 8;
-  static constexpr int kValues = kColumns / kLanes;  // of a lane, of a row that is written
+  static constexpr int kValues = kColumns / kLanes;                // of a lane, of a row
+  static constexpr int kRowsOfWarp = 16 * kRowWarps / kWarps;      // that it writes
+  using Four = Pack<float, 4>;
 
   const Problem<E>& a;
   const AttendParams& p;
@@ -254,69 +257,115 @@ struct Rows {
       }
     }
     __syncthreads();
-    for (int r = warp(); r < count; r += kWarps) write_row(states, r);
+    write_rows(states);
     __syncthreads();  // the next rows use the same memory
   }
 
-  __device__ __forceinline__ void write_row(const float* states, int r) {
-    float top = kEmptyMax, sum = 0, weight[kWarps];
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      if (i < kKeyWarps) top = fmaxf(top, shared.max[r / 16 + kRowWarps * i][r % 16]);
-    }
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      weight[i] = 0;
-      if (i >= kKeyWarps) continue;
-      const int w = r / 16 + kRowWarps * i;
-      weight[i] = ptx::ex2(shared.max[w][r % 16] - top);
-      sum += shared.sum[w][r % 16] * weight[i];
-    }
-    const int head = kv_head * at.group + (first + r) % at.group;
-    const int32_t query = at.query(first + r);
-    const int64_t index = p.plan.query_index[query];
+  // Every lane finishes the state of one row; then all of them write one row after the other.
+  __device__ __forceinline__ void write_rows(const float* states) {
     const bool direct = task.partial_begin < 0;
-    const int64_t partial = (int64_t{task.partial_begin} + query - task.query_begin) * p.num_q_heads + head;
-    E* out = static_cast<E*>(p.out.data) + index * p.out.token + head * p.out.head;
-    float* partial_out = static_cast<float*>(p.partial_out) + partial * p.v_head_dim;
-    const Finished done = finish(p, head, top, sum);
-    if (lane() == 0) {
+    float weight[kKeyWarps] = {}, top = kEmptyMax, sum = 0, factor = 1;
+    int64_t target = 0;  // of the row in `out` or `partial_out`
+    // Shuffled, the lane's number is news to the compiler, which would compute these addresses before all
+    // tiles and keep them in registers.
+    const int mine = shuffle(lane(), lane());
+    if (mine < kRowsOfWarp && row_of_warp(mine) < count) {
+      const int r = row_of_warp(mine);
+#pragma unroll
+      for (int i = 0; i < kKeyWarps; ++i) top = fmaxf(top, shared.max[r / 16 + kRowWarps * i][r % 16]);
+#pragma unroll
+      for (int i = 0; i < kKeyWarps; ++i) {
+        const int w = r / 16 + kRowWarps * i;
+        weight[i] = ptx::ex2(shared.max[w][r % 16] - top);
+        sum += shared.sum[w][r % 16] * weight[i];
+      }
+      const int32_t query = at.query(first + r);
       if (direct) {
-        static_cast<float*>(p.lse)[index * p.num_q_heads + head] = done.lse;
+        const int64_t index = p.plan.query_index[query];
+        const Finished done = finish(p, head_of(r), top, sum);
+        static_cast<float*>(p.lse)[index * p.num_q_heads + head_of(r)] = done.lse;
+        factor = done.factor;
+        target = index * p.out.token + head_of(r) * p.out.head;
       } else {
-        static_cast<float*>(p.partial_max)[partial] = top;
-        static_cast<float*>(p.partial_sum)[partial] = sum;
+        const int64_t row = int64_t{task.partial_begin} + query - task.query_begin;
+        target = row * p.num_q_heads + head_of(r);
+        static_cast<float*>(p.partial_max)[target] = top;
+        static_cast<float*>(p.partial_sum)[target] = sum;
+        target *= p.v_head_dim;
       }
     }
-    const auto put = [&](int x, float value) {
-      if (direct) {
-        out[x] = narrow<E>(value * done.factor);
-      } else {
-        partial_out[x] = value;
-      }
-    };
-    bool bad[kValues] = {}, some_bad = false;
+#pragma unroll 1
+    for (int i = 0; i < kRowsOfWarp; ++i) {
+      const int r = row_of_warp(i);
+      if (r >= count) break;
+      float w[kKeyWarps];
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) {
-      const int x = lane() + kLanes * j;
-      if (x >= p.v_head_dim) break;
-      float value = 0;
+      for (int j = 0; j < kKeyWarps; ++j) w[j] = shuffle(weight[j], i);
+      const float f = shuffle(factor, i), total = shuffle(sum, i), most = shuffle(top, i);
+      const int64_t begin = shuffle(target, i);
+      bool bad = false;
+      for (int x = 4 * lane(); x < p.v_head_dim; x += 4 * kLanes) {
+        Four value{};
 #pragma unroll
-      for (int i = 0; i < kWarps; ++i) {
-        if (i < kKeyWarps)
-          value += states[((r / 16 + kRowWarps * i) * 16 + r % 16) * a.o_stride + x] * weight[i];
+        for (int j = 0; j < kKeyWarps; ++j) {
+          const Four part = load(reinterpret_cast<const Four*>(state_of(states, r, j) + x));
+#pragma unroll
+          for (int e = 0; e < 4; ++e) value.value[e] += part.value[e] * w[j];
+        }
+        const int valid = min(4, p.v_head_dim - x);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) bad |= e < valid && !is_finite(value.value[e]);
+        put(direct, begin + x, value, f, valid);
       }
-      bad[j] = !is_finite(value);
-      some_bad |= bad[j];
-      put(x, value);
+      // The sum of a row that has met a logit of NaN or +inf is NaN, and so will be its results.
+      if (any(bad) && total == total) write_carefully(states, r, w, most, direct, begin, f);
     }
-    // The sum of a row that has met a logit of NaN or +inf is NaN, and so will be its results.
-    if (sum != sum || !any(some_bad)) return;
+  }
+
+  // Columns of a row that are not finite, once more.
+  __device__ __forceinline__ void write_carefully(const float* states, int r, const float (&w)[kKeyWarps],
+                                                  float top, bool direct, int64_t begin, float factor) {
     float value[kValues];
-    careful_values(a, task, query_row(p.plan, query), head, top, value);
+    careful_values(a, task, query_row(p.plan, at.query(first + r)), head_of(r), top, value);
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) {
-      if (bad[j]) put(lane() + kLanes * j, value[j]);
+    for (int i = 0; i < kValues; ++i) {
+      const int x = lane() + kLanes * i;
+      if (x >= p.v_head_dim) break;
+      float before = 0;
+#pragma unroll
+      for (int j = 0; j < kKeyWarps; ++j) before += state_of(states, r, j)[x] * w[j];
+      if (!is_finite(before)) put(direct, begin + x, Four{{value[i]}}, factor, 1);
+    }
+  }
+
+  __device__ __forceinline__ static int row_of_warp(int i) { return warp() * kRowsOfWarp + i; }
+  __device__ __forceinline__ int head_of(int r) const {
+    return kv_head * at.group + (first + r) % at.group;
+  }
+  // Columns of row r that the j-th warp of its keys has summed.
+  __device__ __forceinline__ const float* state_of(const float* states, int r, int j) const {
+    return states + ((r / 16 + kRowWarps * j) * 16 + r % 16) * a.o_stride;
+  }
+  // `valid` columns from `at_element` on, of `out` times the factor, or of a partial state.
+  __device__ __forceinline__ void put(bool direct, int64_t at_element, const Four& value, float factor,
+                                      int valid) const {
+    if (direct) {
+      E* out = static_cast<E*>(p.out.data) + at_element;
+      Pack<E, 4> narrowed;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) narrowed.value[e] = narrow<E>(value.value[e] * factor);
+      if (valid == 4 && a.out_by_fours) return store(reinterpret_cast<Pack<E, 4>*>(out), narrowed);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (e < valid) out[e] = narrowed.value[e];
+      }
+    } else {
+      float* out = static_cast<float*>(p.partial_out) + at_element;
+      if (valid == 4 && p.v_head_dim % 4 == 0) return store(reinterpret_cast<Four*>(out), value);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (e < valid) out[e] = value.value[e];
+      }
     }
   }
 };
@@ -341,12 +390,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto rows = [&] { return (task.query_end - task.query_begin) * (p.num_q_heads / p.num_kv_heads); };
   for (int first = 0; first < rows(); first += kMaxRows) {
     const int count = min(kMaxRows, rows() - first);
-    if (count > 32) {
+    // float of 256 columns has no registers to spare for a third body
+    constexpr bool kHalves = sizeof(E) == 2 || kColumns <= 128;
+    if (count > (kHalves ? 32 : 16)) {
       Rows<Math, kColumns, kExact, 4>(a, task, kv_head, first, count).run();
-    } else if (count > 16) {
-      // float of 256 columns has no register to spare for one more body
-      constexpr int kRowWarps = sizeof(E) == 4 && kColumns > 128 ? 4 : 2;
-      Rows<Math, kColumns, kExact, kRowWarps>(a, task, kv_head, first, count).run();
+    } else if (kHalves && count > 16) {
+      Rows<Math, kColumns, kExact, 2>(a, task, kv_head, first, count).run();
     } else {
       Rows<Math, kColumns, kExact, 1>(a, task, kv_head, first, count).run();
     }
@@ -416,6 +465,8 @@ Problem<E> problem_of(const AttendParams& p) {
   a.logits = Logits::of(p);
   a.stages = Stages::of<E>(p);
   a.o_stride = padded(p.v_head_dim) + 8;
+  a.out_by_fours = reinterpret_cast<uintptr_t>(p.out.data) % (4 * sizeof(E)) == 0 && p.out.token % 4 == 0 &&
+                   p.out.head % 4 == 0;
   return a;
 }
 

@@ -15,18 +15,22 @@ namespace palmette::gpu {
 template <class E>
 struct Source {
   const E* data;
-  int64_t token, head;
+  int32_t token;  // 32 bits: a row's place is then one multiplication
+  int64_t head;
   int width;
   bool by_chunks;
 
-  __device__ __forceinline__ const E* row(int64_t index, int64_t h) const {
-    return data + index * token + h * head;
+  __device__ __forceinline__ const E* row(int32_t index, int h) const {
+    return data + h * head + int64_t{index} * token;
   }
 };
 
 template <class E>
 Source<E> source_of(const Strided& x, int width) {
-  return {static_cast<const E*>(x.data), x.token, x.head, width,
+  if (x.token > INT32_MAX)
+    throw std::runtime_error("tokens of q, k and v must lie less than 2^31 elements apart on a GPU, got " +
+                             std::to_string(x.token));
+  return {static_cast<const E*>(x.data), static_cast<int32_t>(x.token), x.head, width,
           copies_by_chunks(x.data, sizeof(E), x.token, x.head)};
 }
 
