@@ -9,12 +9,14 @@
 //   kernel_backward_gpu.cu  attend_delta: D by rows of O, and the rows' parts of dsink; attend_dsinks adds
 //                           those up
 //   kernel_dq_gpu.cu        attend_dq: dQ by tiles of queries
-//   kernel_dkv_gpu.cu       attend_dkv: dK and dV by tiles of keys
+//   kernel_index_gpu.cu     attend_index_...: which items hold keys of a tile
+//   kernel_dkv_gpu.cu       attend_dkv: dK and dV by tiles of keys, or parts of them, which attend_dkv_add
+//   adds
 //
-// A plan lists its keys by task. Who owns queries or keys finds the tasks that touch them by looking through
-// the plan's tables, 128 tasks at a time: that costs a few bytes per task, where a second set of tables,
-// ordered by key, would have to be made, moved and kept up to date for every step of decoding that needs no
-// gradient.
+// A plan lists its keys by task. Who owns queries finds the tasks that touch them by looking through the
+// plan's tables, 128 tasks at a time: a few bytes per task. Who owns keys does so too where that is little;
+// elsewhere the GPU orders the tables by keys first, when a gradient is wanted: a second set of them would
+// have to be made, moved and kept up to date for every step of decoding that needs none.
 #pragma once
 
 #include "attend/tiles_gpu.cuh"
@@ -22,6 +24,7 @@
 namespace palmette::gpu {
 
 void launch_dq(const AttendBackwardParams& b, const LaunchContext& context);
+void launch_index(const AttendBackwardParams& b, const LaunchContext& context);
 void launch_dkv(const AttendBackwardParams& b, const LaunchContext& context);
 
 template <class E>
@@ -34,6 +37,10 @@ struct BackwardProblem {
   Stages stages;
   int group;
   int column_parts;
+  KeyIndex index;  // of dK and dV: attend_dkv alone knows of these
+  int key_parts;
+  float *part_dk, *part_dv;
+  int32_t* part_met;
 
   static BackwardProblem of(const AttendBackwardParams& b) {
     const AttendParams& p = b.forward;
@@ -51,6 +58,11 @@ struct BackwardProblem {
     a.logits = Logits::of(p);
     a.stages = Stages::of<E>(p);
     a.group = p.num_q_heads / p.num_kv_heads;
+    a.index = b.index;
+    a.key_parts = b.key_parts;
+    a.part_dk = b.part_dk;
+    a.part_dv = b.part_dv;
+    a.part_met = b.part_met;
     return a;
   }
   // A block per tile, KV head and part of the columns.
@@ -72,6 +84,14 @@ struct BlockOf {
 
 // lse in units of log2; a row that has seen no key has P = 0.
 __device__ __forceinline__ float log2_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
+
+// P * 2^lse and the slope of a logit. Which of the two kinds of logits it is, whoever meets a tile knows.
+template <bool kCapped, class E>
+__device__ __forceinline__ float logit_of(const BackwardProblem<E>& a, float product, float& slope) {
+  Logits logits = a.logits;
+  if (!kCapped) logits.cap = 0;
+  return logits(product, slope);
+}
 
 // Of row `row` of `at`, in lse and delta.
 template <class E>

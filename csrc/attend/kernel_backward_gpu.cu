@@ -58,6 +58,7 @@ void attend_backward(const AttendBackwardParams& b, const LaunchContext& context
            dim3(kLanes), 0, context, b);
   }
   launch_dq(b, context);
+  if (b.index.entry != nullptr) launch_index(b, context);
   launch_dkv(b, context);
 }
 

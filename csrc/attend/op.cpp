@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attend/inputs.h"
+#include "attend/key_tiles.h"
 #include "attend/units.h"
 #include "core/backend.h"
 
@@ -100,6 +101,36 @@ Tensor finish_gradient(const Tensor& sum, ScalarType dtype) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dsinks
 
+// What the kernels of dk and dv need besides them; empty where they need nothing.
+struct KeyScratch {
+  Tensor index, part_dk, part_dv, part_met;
+
+  KeyScratch(AttendBackwardParams& b, const Inputs& in, GpuLaunch& gpu) {
+    const AttendParams& p = b.forward;
+    const Tensor& q = in.q;
+    const KeyTiles tiles(p);
+    b.key_parts = tiles.parts();
+    const IndexSizes sizes = tiles.index(in.plan.segment.size(0), in.plan.item.size(0), in.plan.task.size(0));
+    if (sizes.capacity > 0) {
+      index = torch::stable::new_empty(q, {sizes.words()}, ScalarType::Int);
+      b.index = sizes.lay_out(index.mutable_data_ptr<int32_t>());
+      gpu.writes(index, "index");
+    }
+    if (b.key_parts > 1) {
+      const auto part = [&](int64_t width, ScalarType dtype, const char* name, Tensor& t) {
+        t = torch::stable::new_empty(q, {b.key_parts, p.plan.num_places, p.num_kv_heads, width}, dtype);
+        gpu.writes(t, name);
+      };
+      part(p.head_dim, ScalarType::Float, "part_dk", part_dk);
+      part(p.v_head_dim, ScalarType::Float, "part_dv", part_dv);
+      part(1, ScalarType::Int, "part_met", part_met);
+      b.part_dk = part_dk.mutable_data_ptr<float>();
+      b.part_dv = part_dv.mutable_data_ptr<float>();
+      b.part_met = part_met.mutable_data_ptr<int32_t>();
+    }
+  }
+};
+
 // Every gradient has one owner, which writes it in its final dtype.
 Gradients run_backward_gpu(GpuLaunch& gpu, AttendBackwardParams& b, const Inputs& in, const Tensor& dout,
                            const Tensor& dlse, const Tensor& out, const Tensor& lse) {
@@ -131,6 +162,7 @@ Gradients run_backward_gpu(GpuLaunch& gpu, AttendBackwardParams& b, const Inputs
     gpu.writes(sink_rows, "sink_rows");
     gpu.writes(dsinks, "dsinks");
   }
+  const KeyScratch scratch(b, in, gpu);
   gpu.run("attend_backward", b);
   return {dq, dk, dv, dsinks};
 }

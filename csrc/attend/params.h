@@ -85,6 +85,19 @@ struct AttendParams {
   int64_t scratch_bytes;  // per worker
 };
 
+// Which items hold keys of a tile: lists of the nodes of a binary tree over the tiles (kernel_index_gpu.cu).
+struct alignas(16) KeyEntry {                     // read by one instruction
+  int32_t item, segment, first_segment, kv_head;  // the item's first segment; its task's KV head, or -1
+};
+struct KeyIndex {
+  KeyEntry* entry;  // [capacity]; null: there is no index
+  // [2 * leaves][chunks]: the entries of a node lie between the last chunk of the node before and its own
+  // last chunk.
+  int32_t* end;
+  int32_t* sums;                           // [kIndexBlocks]: scratch
+  int32_t keys, leaves, chunks, capacity;  // keys: of a tile
+};
+
 // dq, dk and dv are of the arithmetic type T on the CPU, of the dtype of q on a GPU.
 struct AttendBackwardParams {
   AttendParams forward;  // inputs, out and lse as the forward pass returned them; units of one KV head each
@@ -96,6 +109,12 @@ struct AttendBackwardParams {
   void* dsinks;          // T [Nq, Hq] or null: per row
   void* sink_sums;       // T [Hq] or null: their sums; filled on a GPU, by the operator on the CPU
   void* delta;           // T [Nq, Hq]: scratch of a GPU
+  // How a GPU finds dk and dv (key_tiles.h).
+  KeyIndex index;
+  int32_t key_parts;  // of what a tile of keys meets; with one, the rest is null
+  float* part_dk;     // [key_parts, num_places, Hk, D]
+  float* part_dv;     // [key_parts, num_places, Hk, Dv]
+  int32_t* part_met;  // [key_parts, num_places, Hk]: some query has met this key
 };
 
 // Bytes of scratch that one worker needs for a task of `rows` query rows of `heads` KV heads at a time.
