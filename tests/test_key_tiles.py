@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dK and dV on a GPU: tiles of keys find their items by an index, or by looking through all tasks, and may be
-divided into parts. Which, follows from the sizes of the tables alone, so these tests make them larger."""
+"""dK and dV on a GPU: tiles of keys find their items by an index, which also cuts tiles into pieces, or by
+looking through all tasks. Which, follows from the sizes of the tables alone, so these tests make them larger."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif("emulated" not in testing.backends(), reason="th
 EMULATORS = [name for name in testing.EMULATORS if name in testing.backends()]
 
 SLOTS, QUERY, SEGMENT, ITEM, TASK, COUNTS = 0, 1, 2, 3, 4, 7  # of a plan's tables
-INDEX = ["attend_index_count", "attend_index_sum", "attend_index_place", "attend_index_fill"]
+INDEX = [f"attend_index_{name}" for name in ("count", "sum", "place", "fill", "cut")]
 LEAST_SCAN = 1 << 19  # csrc/attend/key_tiles.h: tiles * KV heads * items from which on there is an index
 
 
@@ -47,13 +47,16 @@ class Problem(NamedTuple):
             plan[table][: len(old)] = old
         return self._replace(plan=tuple(plan))
 
+    def has_index(self) -> bool:
+        """Where looking through the tables is much work, or there is work to share out."""
+        columns = -(-max(self.k.shape[2], self.v.shape[2]) // (64 if self.q.dtype == torch.float32 else 128))
+        heads = self.k.shape[1]
+        few = self.tiles() * heads * columns < 264 and self.q[:, :, 0].numel() // heads >= 4096
+        return few or self.tiles() * heads * len(self.plan[ITEM]) >= LEAST_SCAN
+
     def indexed(self, chunks: int = 3) -> Problem:
         items = -(-LEAST_SCAN // (self.tiles() * self.k.shape[1]))
         return self.with_rows(ITEM, items).with_rows(TASK, 8 * chunks)
-
-    def in_one_part(self) -> Problem:
-        """With so many tiles that each is a block's work."""
-        return self.with_rows(SLOTS, 264 * 64)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         tables = (*self.plan[:8], None, *self.options, *self.plan[8:])
@@ -102,24 +105,54 @@ def _plan_for_gpus(q, k, index, ends, block_size, v_head_dim):
         return sparse_attention._plan_selection(q, k, index, ends, ends, None, block_size, v_head_dim)
 
 
+def pieces(p: Problem, memory: bytes) -> Tensor:
+    """[pieces, 4]: tile, part, parts, slot, from the memory of the index."""
+    words = torch.frombuffer(bytearray(memory), dtype=torch.int32)
+    entries = 2 * (len(p.plan[SEGMENT]) + len(p.plan[ITEM]))
+    tail = 2 * leaves(p) * chunks(p) + 2 * leaves(p) + 64 + p.tiles()
+    return words[4 * entries : len(words) - tail].view(-1, 4)
+
+
+def leaves(p: Problem) -> int:
+    return 1 << math.ceil(math.log2(p.tiles()))
+
+
+def chunks(p: Problem) -> int:
+    room = max(1 << 20, len(p.plan[SEGMENT]) + len(p.plan[ITEM])) // (2 * leaves(p))
+    return max(1, min(room, len(p.plan[TASK]) // 8, 1024))
+
+
 def run(p: Problem, out: Tensor, lse: Tensor, name: str = "emulated", **schedule) -> tuple[list[Tensor], int]:
-    """dk, dv, and into how many parts tiles were divided; launches are as they should be."""
-    grids = {}
+    """dk, dv, and the most pieces that a tile was cut into; launches are as they should be."""
+    launches = {}
     with (
         testing.backend(name),
         testing.emulator(**schedule),
-        testing.recorded_launches(lambda launch: grids.setdefault(launch.name, launch.grid)),
+        testing.recorded_launches(lambda launch: launches.setdefault(launch.name, launch)),
     ):
         result = p.backward(out, lse)
-    parts = grids["attend_dkv"][1]
-    indexed = p.tiles() * p.k.shape[1] * len(p.plan[ITEM]) >= LEAST_SCAN
-    wanted = [*(INDEX if indexed else []), "attend_dkv", *(["attend_dkv_add"] if parts > 1 else [])]
-    assert [kernel for kernel in grids if kernel in (*INDEX, "attend_dkv", "attend_dkv_add")] == wanted
-    return result, parts
+    cut = "attend_dkv_add" in launches
+    wanted = [*(INDEX if p.has_index() else []), "attend_dkv", *(["attend_dkv_add"] if cut else [])]
+    assert [kernel for kernel in launches if kernel in (*INDEX, "attend_dkv", "attend_dkv_add")] == wanted
+    if not p.has_index():
+        return result, 1
+    memory = next(m for m in launches["attend_dkv"].memory if m.name == "index")
+    table = pieces(p, memory.after)
+    table = table[table[:, 2] > 0]
+    for tile, part, parts, slot in table.tolist():
+        of_tile = table[table[:, 0] == tile]
+        assert of_tile[:, 1].tolist() == list(range(parts))
+        assert slot == (-1 if parts == 1 else int(of_tile[0, 3]) + part)
+    assert table[:, 0].unique().tolist() == list(range(p.tiles()))
+    assert (table[:, 3] >= 0).sum() == len(table[table[:, 3] >= 0, 3].unique())
+    return result, int(table[:, 2].max())
 
 
-def check(p: Problem) -> None:
-    """All ways come to what the CPU finds in float64, and to the same bits in any order of the threads."""
+def check(p: Problem) -> int:
+    """All ways come to what the CPU finds in float64, and to the same bits in any order of the threads.
+
+    Returns: the most pieces of a tile.
+    """
     with testing.backend("scalar"):
         out, lse = p.forward()
         wide = p._replace(q=p.q.double(), k=p.k.double(), v=p.v.double(), dout=p.dout.double())
@@ -127,14 +160,12 @@ def check(p: Problem) -> None:
         base = p.backward(out, lse)
     atol = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[p.q.dtype]
     results = [run(p, out, lse), run(p.indexed(), out, lse)]
-    if results[0][1] > 1:
-        results.append(run(p.in_one_part().indexed(40), out, lse))
-        assert results[-1][1] == 1
     for got, _ in results:
         for x, y, z in zip(got, want, base, strict=True):
             assert_accurate(x, y, z, factor=3.0, atol=atol * max(1.0, y.abs().max().item()))
-    again, _ = run(p.indexed(), out, lse, order="random", seed=5)
+    again, _ = run(p.indexed(chunks=7), out, lse, order="random", seed=5)
     assert all(torch.equal(a, b) for a, b in zip(again, results[1][0], strict=True))
+    return results[1][1]
 
 
 FORESTS = {
@@ -180,43 +211,42 @@ def test_selections(block_size, dtype):
 @pytest.mark.parametrize("group", [1, 3, 5, 16])
 def test_queries_of_several_items_in_a_tile_of_rows(group):
     """Tiles of rows begin and end within the query heads of a query."""
-    case = selection([200], 64, 3, q_heads=2 * group, dtype=torch.bfloat16, v_head_dim=24)
-    check(case)
+    check(selection([200], 64, 3, q_heads=2 * group, dtype=torch.bfloat16, v_head_dim=24))
 
 
 @pytest.mark.parametrize(("head_dim", "v_head_dim"), [(96, 40), (136, 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_head_dims(head_dim, v_head_dim, dtype):
-    """Several parts of the columns, each of several parts of the rows."""
-    check(selection([90], 64, 2, q_heads=16, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype))
+    """Several parts of the columns, each of several pieces."""
+    case = selection([90], 64, 2, q_heads=16, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
+    assert check(case) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_parts(dtype):
-    p = forest(*IRREGULAR, "tokens", q_heads=64, kv_heads=1, head_dim=8, dtype=dtype)
-    rows = p.q.shape[0] * 64
+def test_many_pieces(dtype):
+    """Of few tiles, which many rows meet."""
+    p = forest([-1, 0, 0], [60, 40, 10], "tokens", q_heads=64, kv_heads=1, head_dim=8, dtype=dtype)
+    assert check(p) > 10
+
+
+def test_a_tile_that_all_queries_chose():
+    """It alone is cut."""
+    p = selection([600], 64, 2, q_heads=8, kv_heads=1, dtype=torch.bfloat16, head_dim=8)
+    index = torch.stack([torch.zeros(600), torch.arange(600) // 64], 1).int()[None]
+    index[:, :64, 1] = -1
+    ends = sparse.indptr([600])
+    p = problem(p.q, p.k, p.v, _plan_for_gpus(p.q, p.k, index, ends, 64, 8))
+    assert check(p) == 1 << 4
     with testing.backend("emulated"):
         out, lse = p.forward()
-    for other in (p, p.indexed()):
-        many, parts = run(other, out, lse)
-        assert parts == min(rows // 256, -(-4 * 132 // p.tiles())) > 30
-        one, parts = run(other.in_one_part().indexed() if other is not p else p.in_one_part(), out, lse)
-        assert parts == 1
-        for a, b in zip(many, one, strict=True):
-            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
-    check(p)
 
 
-def test_as_many_parts_as_rows_deserve():
-    for queries, parts in ((255, 1), (511, 1), (512, 2), (1100, 4)):
-        q, k = torch.randn(queries, 1, 8), torch.randn(40, 1, 8)
-        tree = palmette.Tree([-1] + [0] * queries, [40] + [0] * queries)
+def test_no_pieces_for_few_rows():
+    for queries, most in ((255, 1), (256, 1), (257, 2), (600, 3)):
+        q, k = torch.randn(queries, 1, 8), torch.randn(30, 1, 8)
+        tree = palmette.Tree([-1] + [0] * queries, [30] + [0] * queries)
         plan = palmette.plan_tree_attention(tree, num_q_heads=1, num_kv_heads=1, head_dim=8, target="gpu")
-        p = problem(q, k, k, plan.tensors)
-        with testing.backend("emulated"):
-            out, lse = p.forward()
-        assert run(p, out, lse)[1] == parts
+        assert check(problem(q, k, k, plan.tensors)) == most
 
 
 @pytest.mark.parametrize("name", EMULATORS)
@@ -339,15 +369,15 @@ def test_no_tasks(rows):
 
 
 def test_gradients_of_many_rows_equal_the_reference(backend):
-    """Rows enough for several parts, through the function."""
-    case = make_case([-1, 0, 0], [90, 20, 30], "tokens", q_heads=32, kv_heads=2, head_dim=16)
-    assert case.q.shape[0] * 16 >= 2 * 256
+    """Rows enough to share out few tiles, through the function."""
+    case = make_case([-1, 0, 0], [90, 20, 30], "tokens", q_heads=32, kv_heads=1, head_dim=16)
+    assert case.q.shape[0] * 32 >= 4096
     check_gradients(case)
 
 
 @pytest.mark.parametrize("name", EMULATORS)
 def test_gradients_of_other_plans_are_nan(name):
-    """With parts and an index, too: nobody adds up what no plan has filled."""
+    """With pieces, too: nobody adds up what no plan has filled."""
     p = selection([100, 70], 64, 3, q_heads=16, dtype=torch.bfloat16, head_dim=8).indexed()
     with testing.backend(name):
         out, lse = p.forward()
@@ -363,7 +393,7 @@ def test_gradients_of_other_plans_are_nan(name):
 
 
 def test_bytes_of_the_index():
-    """In proportion to the tables: two entries of 16 bytes for each of their rows, and a MB of counts."""
+    """In proportion to the tables: two entries of 16 bytes for each of their rows, and counts of chunks."""
     p = selection([300], 32, 4, dtype=torch.bfloat16, head_dim=8).indexed()
     sizes = {}
     with (
@@ -371,6 +401,7 @@ def test_bytes_of_the_index():
         testing.recorded_launches(lambda launch: sizes.update({m.name: len(m.after) for m in launch.memory})),
     ):
         p.backward(*p.forward())
-    leaves = 1 << math.ceil(math.log2(p.tiles()))
-    rows = len(p.plan[SEGMENT]) + len(p.plan[ITEM])
-    assert sizes["index"] == 2 * 16 * rows + 4 * (2 * leaves * (len(p.plan[TASK]) // 8) + 64)
+    rows, extra = len(p.plan[SEGMENT]) + len(p.plan[ITEM]), p.tiles() * 300 * 2 // 256
+    counts = 2 * leaves(p) * (chunks(p) + 1) + 64 + p.tiles()
+    assert sizes["index"] == 2 * 16 * rows + 16 * (p.tiles() + extra) + 4 * counts
+    assert sizes["part_dk"] == 2 * extra * 2 * 64 * 8 * 4

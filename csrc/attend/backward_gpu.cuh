@@ -38,7 +38,6 @@ struct BackwardProblem {
   int group;
   int column_parts;
   KeyIndex index;  // of dK and dV: attend_dkv alone knows of these
-  int key_parts;
   float *part_dk, *part_dv;
   int32_t* part_met;
 
@@ -59,7 +58,6 @@ struct BackwardProblem {
     a.stages = Stages::of<E>(p);
     a.group = p.num_q_heads / p.num_kv_heads;
     a.index = b.index;
-    a.key_parts = b.key_parts;
     a.part_dk = b.part_dk;
     a.part_dv = b.part_dv;
     a.part_met = b.part_met;

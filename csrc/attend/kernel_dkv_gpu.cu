@@ -49,13 +49,16 @@ struct Search {
   int32_t task, listed, tasks_behind;
   Candidates some;  // in which these have been looked at
   int32_t base;
+  bool met;  // there were some: K and V have been asked for
 };
 
 template <class E>
 struct KeyShared {
+  KeyPiece piece;  // that is the block's, of this KV head
+  int32_t kv_head;
   TaskList tasks, found;
-  Search search;                            // while the items that were found meet the tile
-  PlanItem item[kThreads];                  // these
+  alignas(16) Search search;                // while the items that were found meet the tile
+  alignas(16) PlanItem item[kThreads];      // these
   uint32_t waiting[kWarps];                 // which of them have not met it yet
   int32_t joined[kWarps], queries[kWarps];  // of a warp's items, those that meet it now
   uint8_t member[kThreads];                 // which these are,
@@ -79,21 +82,13 @@ struct KeyGradient {
 
   const BackwardProblem<E>& a;
   const AttendParams& p;
-  const int kv_head, first_key, keys, first_column;
+  const int first_column;
   KeyShared<E>& shared;
   Matrix<E> k, v, q, dout;
-  bool met = false;  // K and V have been asked for
   float dk[kColumns / 8][4], dv[kColumns / 8][4];
 
-  __device__ __forceinline__ KeyGradient(const BackwardProblem<E>& problem, int head, int key, int count,
-                                         int column)
-      : a(problem),
-        p(problem.p),
-        kv_head(head),
-        first_key(key),
-        keys(count),
-        first_column(column),
-        shared(gpu::shared<KeyShared<E>>()) {
+  __device__ __forceinline__ KeyGradient(const BackwardProblem<E>& problem, int column)
+      : a(problem), p(problem.p), first_column(column), shared(gpu::shared<KeyShared<E>>()) {
     unsigned char* memory = shared.tiles;
     const auto take = [&](int rows, const Swizzle& swizzle) {
       const Matrix<E> m{reinterpret_cast<E*>(memory), swizzle};
@@ -111,11 +106,12 @@ struct KeyGradient {
     }
   }
 
+  __device__ __forceinline__ int first_key() const { return shared.piece.tile * kKeys; }
   __device__ __forceinline__ static int key_warp() { return warp() % kKeyWarps; }
   __device__ __forceinline__ static int part() { return warp() / kKeyWarps; }
 
   __device__ __forceinline__ bool holds(const PlanSegment& s) const {
-    return s.length > 0 && s.begin < first_key + keys && s.begin + s.length > first_key;
+    return s.length > 0 && s.begin < first_key() + kKeys && s.begin + s.length > first_key();
   }
   __device__ __forceinline__ bool some_hold(int32_t begin, int32_t end) const {
     for (int32_t s = begin; s < end; ++s) {
@@ -128,22 +124,25 @@ struct KeyGradient {
     if (threadIdx.x < kKeys) shared.used[threadIdx.x] = 0;
     Search search = begin_search();
     for (int found = 0; find_items(search, found);) {
+      if (!search.met) copy_keys();
+      search.met = true;
       // dK and dV leave no registers for what nobody needs meanwhile.
       if (threadIdx.x == 0) shared.search = search;
       meet_items(found);
       search = shared.search;
     }
-    if (a.key_parts > 1 && first_column == 0 && static_cast<int>(threadIdx.x) < keys)
+    if (shared.piece.parts > 1 && first_column == 0 && threadIdx.x < kKeys)
       a.part_met[part_index(static_cast<int>(threadIdx.x))] = shared.used[threadIdx.x];
-    if (!met) return;
+    if (!search.met) return;
     ptx::wait_for_copies<0>();  // of K and V, if no query came to wait for them
     write();
   }
 
-  // Of [begin, end), those of this part.
+  // Of [begin, end), those of this piece.
   __device__ __forceinline__ Candidates share(int32_t begin, int32_t end) const {
-    const auto part = static_cast<int32_t>(blockIdx.y);
-    return {begin + part, a.key_parts, max(0, end - begin - part + a.key_parts - 1) / a.key_parts};
+    const KeyPiece& piece = shared.piece;
+    return {begin + piece.part, piece.parts,
+            max(0, end - begin - piece.part + piece.parts - 1) / piece.parts};
   }
 
   // False too where there are more entries than the index has room for.
@@ -155,13 +154,13 @@ struct KeyGradient {
   // The entries of the node that many levels above the tile's.
   __device__ __forceinline__ Candidates list_of(int above) const {
     const KeyIndex& index = a.index;
-    const int32_t node = (index.leaves + first_key / kKeys) >> above;
+    const int32_t node = (index.leaves + shared.piece.tile) >> above;
     if (node == 0) return {0, 1, 0};
     return share(index.end[node * index.chunks - 1], index.end[(node + 1) * index.chunks - 1]);
   }
 
   __device__ __forceinline__ Search begin_search() const {
-    return {indexed() ? ballot(list_of(lane()).count > 0) : 0, 0, 0, 0, {0, 1, 0}, 0};
+    return {indexed() ? ballot(list_of(lane()).count > 0) : 0, 0, 0, 0, {0, 1, 0}, 0, false};
   }
 
   // The next items that hold keys of the tile, into shared.item; false if there are none left.
@@ -194,14 +193,13 @@ struct KeyGradient {
   }
 
   __device__ __forceinline__ bool next_task(Search& search) const {
-    const Candidates tasks = share(0, p.plan.counts[kNumTasks]);
-    const auto task = [&](int32_t n) { return p.plan.task + tasks.first + n * tasks.step; };
+    const int32_t tasks = p.plan.counts[kNumTasks];
     while (search.task == search.listed) {
-      if (search.tasks_behind >= tasks.count) return false;
+      if (search.tasks_behind >= tasks) return false;
       search.task = 0;
-      search.listed = list_tasks(shared.tasks, search.tasks_behind, tasks.count, [&](int32_t n) {
-        const PlanTask& t = *task(n);
-        if (t.kv_head >= 0 && t.kv_head != kv_head) return false;
+      search.listed = list_tasks(shared.tasks, search.tasks_behind, tasks, [&](int32_t index) {
+        const PlanTask& t = p.plan.task[index];
+        if (t.kv_head >= 0 && t.kv_head != shared.kv_head) return false;
         for (int32_t i = t.item_begin; i < t.item_end; ++i) {
           if (item_holds(p.plan.item[i])) return true;
         }
@@ -209,7 +207,7 @@ struct KeyGradient {
       });
       search.tasks_behind += kThreads;
     }
-    const PlanTask& t = *task(shared.tasks.task[search.task++]);
+    const PlanTask& t = p.plan.task[shared.tasks.task[search.task++]];
     search.some = {t.item_begin, 1, t.item_end - t.item_begin};
     return true;
   }
@@ -220,7 +218,7 @@ struct KeyGradient {
   // An item is met for the first of its segments that hold keys of the tile.
   __device__ __forceinline__ bool entry_holds(int32_t i) const {
     const KeyEntry entry = load(a.index.entry + i);
-    return (entry.kv_head < 0 || entry.kv_head == kv_head) && holds(p.plan.segment[entry.segment]) &&
+    return (entry.kv_head < 0 || entry.kv_head == shared.kv_head) && holds(p.plan.segment[entry.segment]) &&
            !some_hold(entry.first_segment, entry.segment);
   }
 
@@ -228,19 +226,17 @@ struct KeyGradient {
     // Slots that no item names may hold anything: they are copied only where somebody met the tile, and only
     // if they are rows of K.
     const auto row = [&](const Source<E>& x, int r) -> const E* {
-      const int32_t at = r < keys ? p.plan.slots[first_key + r] : -1;
-      return at >= 0 && at < p.num_slots ? x.row(at, kv_head) : nullptr;
+      const int32_t at = first_key() + r < p.plan.num_places ? p.plan.slots[first_key() + r] : -1;
+      return at >= 0 && at < p.num_slots ? x.row(at, shared.kv_head) : nullptr;
     };
     copy_rows(k, kKeys, a.k.width, a.k.by_chunks, a.k.data, [&](int r) { return row(a.k, r); });
     copy_rows(v, kKeys, a.v.width, a.v.by_chunks, a.v.data, [&](int r) { return row(a.v, r); });
     ptx::commit_copies();
-    met = true;
   }
 
   // The items that were found. Those with the same segments hold the same keys, so their rows meet them
   // together: of a few queries that chose a block, each item alone would leave most of a tile of rows empty.
   __device__ __forceinline__ void meet_items(int found) {
-    if (!met) copy_keys();
     const uint32_t waiting = ballot(static_cast<int>(threadIdx.x) < found);
     if (lane() == 0) shared.waiting[warp()] = waiting;
     __syncthreads();
@@ -307,7 +303,7 @@ struct KeyGradient {
 
   // Which of the tile's keys an item holds, and who sees them.
   __device__ __forceinline__ void find_keys(const PlanItem& item) {
-    const int mine = first_key + static_cast<int>(threadIdx.x);
+    const int mine = first_key() + static_cast<int>(threadIdx.x);
     Key key = kNoKey;
 #pragma unroll 1
     for (int32_t base = item.segment_begin; base < item.segment_end; base += kLanes) {
@@ -374,7 +370,7 @@ struct KeyGradient {
       const auto row = [&](const Source<E>& x, int r) -> const E* {
         if (r >= count) return nullptr;
         return x.row(shared.query[(skipped + r) / a.group].index,
-                     kv_head * a.group + (skipped + r) % a.group);
+                     shared.kv_head * a.group + (skipped + r) % a.group);
       };
       copy_rows(q, kRows, a.q.width, a.q.by_chunks, a.q.data, [&](int r) { return row(a.q, r); });
       copy_rows(dout, kRows, a.dout.width, a.dout.by_chunks, a.dout.data,
@@ -398,7 +394,7 @@ struct KeyGradient {
     if (r < count) {
       const QueryState query = load(&shared.query[(skipped + r) / a.group]);
       const int64_t index =
-          int64_t{query.index} * p.num_q_heads + kv_head * a.group + (skipped + r) % a.group;
+          int64_t{query.index} * p.num_q_heads + shared.kv_head * a.group + (skipped + r) % a.group;
       state = {query.pos, query.depth, log2_lse(a.lse[index]), a.delta[index]};
     }
     shared.row[r] = state;
@@ -452,7 +448,7 @@ struct KeyGradient {
 
   // In part_dk, part_dv and part_met, of the tile's i-th key.
   __device__ __forceinline__ int64_t part_index(int i) const {
-    return (int64_t{blockIdx.y} * p.plan.num_places + first_key + i) * p.num_kv_heads + kv_head;
+    return (int64_t{shared.piece.slot} * p.num_kv_heads + shared.kv_head) * kKeys + i;
   }
 
   __device__ __forceinline__ void write() {
@@ -461,12 +457,12 @@ struct KeyGradient {
       write_sums<kColumns, kParts>(
           memory, sums, min(kColumns, width - first_column), [&](int i, int x, float value) {
             if (shared.used[i] == 0) return;
-            if (a.key_parts > 1) {
+            if (shared.piece.parts > 1) {
               to_part[part_index(i) * width + first_column + x] = value;
               return;
             }
-            const int64_t slot = p.plan.slots[first_key + i];
-            to[(slot * p.num_kv_heads + kv_head) * width + first_column + x] = narrow<E>(value);
+            const int64_t slot = p.plan.slots[first_key() + i];
+            to[(slot * p.num_kv_heads + shared.kv_head) * width + first_column + x] = narrow<E>(value);
           });
     };
     put(a.dk, a.part_dk, p.head_dim, dk);
@@ -480,7 +476,6 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 1)
   using E = typename Math::Element;
   const AttendParams& p = a.p;
   if (!plan_fits(p)) {
-    if (blockIdx.y > 0) return;
     const auto contiguous = [&](E* data, int width) {
       return Strided{data, int64_t{p.num_kv_heads} * width, width};
     };
@@ -489,36 +484,49 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 1)
     return;
   }
   const BlockOf block(a);
-  const int first = block.tile * kTileKeys<E>;
-  KeyGradient<Math, kColumns>(a, block.kv_head, first, min(kTileKeys<E>, p.plan.num_places - first),
-                              block.part * kColumns)
-      .run();
+  KeyPiece piece{block.tile, 0, 1, -1};
+  if (a.index.entry != nullptr) piece = load(a.index.piece + block.tile);
+  if (piece.parts == 0) return;
+  if (threadIdx.x == 0) {
+    shared<KeyShared<E>>().piece = piece;
+    shared<KeyShared<E>>().kv_head = block.kv_head;
+  }
+  __syncthreads();
+  KeyGradient<Math, kColumns>(a, block.part * kColumns).run();
 }
 
-// A group of lanes for each key of the plan and KV head.
+// Adds up what the pieces of a tile have left, in their order: a block for the first one of each tile and KV
+// head.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
     attend_dkv_add_kernel(const __grid_constant__ BackwardProblem<E> a) {
+  constexpr int kKeys = kTileKeys<E>;
   const AttendParams& p = a.p;
-  const int64_t rows = int64_t{p.plan.num_places} * p.num_kv_heads,
-                row = int64_t{blockIdx.x} * kWarps + warp();
-  if (row >= rows || !plan_fits(p)) return;
-  bool met = false;
-  for (int part = lane(); part < a.key_parts; part += kLanes) met |= a.part_met[part * rows + row] != 0;
-  if (!any(met)) return;
-  const int64_t to = p.plan.slots[row / p.num_kv_heads] * int64_t{p.num_kv_heads} + row % p.num_kv_heads;
-  const auto add = [&](E* sums, const float* parts, int width) {
-    for (int x = lane(); x < width; x += kLanes) {
-      float sum = 0;
-      for (int part = 0; part < a.key_parts; ++part) {
-        const int64_t from = part * rows + row;
-        if (a.part_met[from] != 0) sum += parts[from * width + x];
+  const KeyPiece piece = load(a.index.piece + blockIdx.x);
+  const auto kv_head = static_cast<int>(blockIdx.y);
+  if (piece.parts < 2 || piece.part != 0 || !plan_fits(p)) return;
+  const int first = piece.tile * kKeys;
+#pragma unroll 1
+  for (int i = warp(); i < min(kKeys, p.plan.num_places - first); i += kWarps) {
+    const auto from = [&](int part) {
+      return (int64_t{piece.slot + part} * p.num_kv_heads + kv_head) * kKeys + i;
+    };
+    bool met = false;
+    for (int part = lane(); part < piece.parts; part += kLanes) met |= a.part_met[from(part)] != 0;
+    if (!any(met)) continue;
+    const int64_t to = int64_t{p.plan.slots[first + i]} * p.num_kv_heads + kv_head;
+    const auto add = [&](E* sums, const float* parts, int width) {
+      for (int x = lane(); x < width; x += kLanes) {
+        float sum = 0;
+        for (int part = 0; part < piece.parts; ++part) {
+          if (a.part_met[from(part)] != 0) sum += parts[from(part) * width + x];
+        }
+        sums[to * width + x] = narrow<E>(sum);
       }
-      sums[to * width + x] = narrow<E>(sum);
-    }
-  };
-  add(a.dk, a.part_dk, p.head_dim);
-  add(a.dv, a.part_dv, p.v_head_dim);
+    };
+    add(a.dk, a.part_dk, p.head_dim);
+    add(a.dv, a.part_dv, p.v_head_dim);
+  }
 }
 
 template <class Math, int kColumns>
@@ -533,13 +541,13 @@ void launch_columns(const AttendBackwardParams& b, const LaunchContext& context)
   const size_t bytes = sizeof(KeyShared<E>) + std::max(matrices, kSumBytes<kColumns>);
   require_shared(bytes, a.p);
   a.column_parts = (std::max(a.p.head_dim, a.p.v_head_dim) + kColumns - 1) / kColumns;
-  dim3 grid = a.blocks(tiles);
-  grid.y = static_cast<unsigned>(a.key_parts);
-  launch("attend_dkv", &attend_dkv_kernel<Math, kColumns>, grid, dim3(kThreads), bytes, context, a);
-  if (a.key_parts == 1) return;
-  const int64_t rows = int64_t{a.p.plan.num_places} * a.p.num_kv_heads;
+  const int64_t pieces = tiles + a.index.extra;
+  launch("attend_dkv", &attend_dkv_kernel<Math, kColumns>, a.blocks(pieces), dim3(kThreads), bytes, context,
+         a);
+  if (a.index.extra == 0) return;
   launch("attend_dkv_add", &attend_dkv_add_kernel<E>,
-         dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps)), dim3(kThreads), 0, context, a);
+         dim3(static_cast<unsigned>(pieces), static_cast<unsigned>(a.p.num_kv_heads)), dim3(kThreads), 0,
+         context, a);
 }
 
 }  // namespace

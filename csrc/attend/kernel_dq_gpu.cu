@@ -106,23 +106,37 @@ struct QueryGradient {
       float s[kN][4], ds[kN][4];
       Math::multiply_rows(s, q, warp() * 16, k, first_key);
       Math::multiply_rows(ds, dout, warp() * 16, v, first_key);
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          Key key = kNoKey;
-          if (!everything) key = load(keys + first_key + 8 * n + fragment_column() + e);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float slope;
-            const float weight = ptx::ex2(a.logits(s[n][2 * i + e], slope) - lse[i]);
-            const bool seen = everything || (named[i] && row[i].sees(key, window));
-            float& gradient = ds[n][2 * i + e];
-            gradient = seen ? weight * (gradient - delta[i]) * slope : 0.0f;
-          }
-        }
+      const Key* step_keys = keys + first_key;
+      if (a.logits.cap > 0) {
+        weigh<true, true>(s, ds, step_keys, named);
+      } else if (everything) {
+        weigh<false, false>(s, ds, step_keys, named);
+      } else {
+        weigh<false, true>(s, ds, step_keys, named);
       }
       Math::accumulate_rows(dq, ds, k, first_key, a.k.width - first_column, first_column);
+    }
+  }
+
+  // dP becomes dS; kMasked: not all rows see all keys.
+  template <bool kCapped, bool kMasked>
+  __device__ __forceinline__ void weigh(const float (&s)[kN][4], float (&ds)[kN][4], const Key* keys,
+                                        const bool (&named)[2]) const {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        Key key = kNoKey;
+        if (kMasked) key = load(keys + 8 * n + fragment_column() + e);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float slope;
+          const float weight = ptx::ex2(logit_of<kCapped>(a, s[n][2 * i + e], slope) - lse[i]);
+          const bool seen = !kMasked || (named[i] && row[i].sees(key, a.logits.window));
+          float& gradient = ds[n][2 * i + e];
+          gradient = seen ? weight * (gradient - delta[i]) * slope : 0.0f;
+        }
+      }
     }
   }
 

@@ -144,6 +144,9 @@ __global__ void __launch_bounds__(kThreads)
     attend_index_sum_kernel(const __grid_constant__ AttendBackwardParams b) {
   const RunningSum sum = running_sum(Counts(b.index).sum(), shared<SumShared>().threads);
   if (threadIdx.x == 0) b.index.sums[blockIdx.x] = sum.total;
+  for (int32_t node = static_cast<int32_t>(blockIdx.x) * kThreads + static_cast<int32_t>(threadIdx.x);
+       node < 2 * b.index.leaves; node += kIndexBlocks * kThreads)
+    b.index.queries[node] = 0;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -167,6 +170,10 @@ __global__ void __launch_bounds__(kLanes)
   // end. Entries beyond the capacity are counted only: attend_dkv sees that there were more.
   const auto put = [&](bool exists, const KeyEntry& entry, int32_t node) {
     if (!any(exists)) return;
+    if (exists) {
+      const PlanItem& item = b.forward.plan.item[entry.item];
+      atomicAdd(index.queries + node, item.query_end - item.query_begin);
+    }
     const int32_t mine = exists ? node : -1;
     int before = 0, equal = 0;
 #pragma unroll
@@ -188,6 +195,50 @@ __global__ void __launch_bounds__(kLanes)
   });
 }
 
+// The pieces that attend_dkv works on. A tile is cut where queries enough meet it, or may meet it: those of
+// the lists that it will look through. One block; all of its choices follow from the plan.
+__global__ void __launch_bounds__(kThreads)
+    attend_index_cut_kernel(const __grid_constant__ AttendBackwardParams b) {
+  const KeyIndex& index = b.index;
+  auto& memory = shared<SumShared>();
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const bool complete = index.end[2 * index.leaves * index.chunks - 1] <= index.capacity;
+  for (int32_t tile = thread; tile < index.tiles; tile += kThreads) {
+    int32_t queries = 0;
+    for (int32_t node = complete ? index.leaves + tile : 0; node > 0; node /= 2)
+      queries += index.queries[node];
+    index.work[tile] = queries;
+  }
+  // Each thread comes back to the tiles that it has written.
+  const auto parts = [&](int32_t tile, int32_t queries) {
+    return max(1, (index.work[tile] + queries - 1) / queries);
+  };
+  int32_t queries = index.least;
+  for (;; queries *= 2) {
+    int32_t extra = 0;  // up to one more than there may be
+    for (int32_t tile = thread; tile < index.tiles; tile += kThreads)
+      extra = min(extra + parts(tile, queries) - 1, index.extra + 1);
+    const int32_t all = running_sum(extra, memory.threads).total;
+    __syncthreads();
+    if (all <= index.extra) break;
+  }
+  int32_t piece = 0, slot = 0;
+  for (int32_t base = 0; base < index.tiles; base += kThreads) {
+    const int32_t tile = base + thread, n = tile < index.tiles ? parts(tile, queries) : 0;
+    const RunningSum pieces = running_sum(n, memory.threads),
+                     slots = running_sum(n > 1 ? n : 0, memory.blocks);
+    for (int32_t part = 0; part < n; ++part) {
+      store(index.piece + piece + pieces.before + part,
+            KeyPiece{tile, part, n, n > 1 ? slot + slots.before + part : -1});
+    }
+    piece += pieces.total;
+    slot += slots.total;
+    __syncthreads();
+  }
+  for (int32_t i = piece + thread; i < index.tiles + index.extra; i += kThreads)
+    store(index.piece + i, KeyPiece{0, 0, 0, -1});
+}
+
 }  // namespace
 
 void launch_index(const AttendBackwardParams& b, const LaunchContext& context) {
@@ -197,6 +248,8 @@ void launch_index(const AttendBackwardParams& b, const LaunchContext& context) {
   launch("attend_index_place", &attend_index_place_kernel, blocks, dim3(kThreads), sizeof(SumShared), context,
          b);
   launch("attend_index_fill", &attend_index_fill_kernel, chunks, dim3(kLanes), 0, context, b);
+  launch("attend_index_cut", &attend_index_cut_kernel, dim3(1), dim3(kThreads), sizeof(SumShared), context,
+         b);
 }
 
 }  // namespace palmette::gpu

@@ -108,26 +108,24 @@ struct KeyScratch {
   KeyScratch(AttendBackwardParams& b, const Inputs& in, GpuLaunch& gpu) {
     const AttendParams& p = b.forward;
     const Tensor& q = in.q;
-    const KeyTiles tiles(p);
-    b.key_parts = tiles.parts();
-    const IndexSizes sizes = tiles.index(in.plan.segment.size(0), in.plan.item.size(0), in.plan.task.size(0));
-    if (sizes.capacity > 0) {
-      index = torch::stable::new_empty(q, {sizes.words()}, ScalarType::Int);
-      b.index = sizes.lay_out(index.mutable_data_ptr<int32_t>());
-      gpu.writes(index, "index");
-    }
-    if (b.key_parts > 1) {
-      const auto part = [&](int64_t width, ScalarType dtype, const char* name, Tensor& t) {
-        t = torch::stable::new_empty(q, {b.key_parts, p.plan.num_places, p.num_kv_heads, width}, dtype);
-        gpu.writes(t, name);
-      };
-      part(p.head_dim, ScalarType::Float, "part_dk", part_dk);
-      part(p.v_head_dim, ScalarType::Float, "part_dv", part_dv);
-      part(1, ScalarType::Int, "part_met", part_met);
-      b.part_dk = part_dk.mutable_data_ptr<float>();
-      b.part_dv = part_dv.mutable_data_ptr<float>();
-      b.part_met = part_met.mutable_data_ptr<int32_t>();
-    }
+    const IndexSizes sizes =
+        index_sizes(p, in.plan.segment.size(0), in.plan.item.size(0), in.plan.task.size(0));
+    if (sizes.capacity == 0) return;
+    index = torch::stable::new_empty(q, {sizes.words()}, ScalarType::Int);
+    b.index = sizes.lay_out(index.mutable_data_ptr<int32_t>());
+    gpu.writes(index, "index");
+    if (sizes.extra == 0) return;
+    const auto part = [&](int64_t width, ScalarType dtype, const char* name) {
+      Tensor t = torch::stable::new_empty(q, {sizes.slots(), p.num_kv_heads, sizes.keys, width}, dtype);
+      gpu.writes(t, name);
+      return t;
+    };
+    part_dk = part(p.head_dim, ScalarType::Float, "part_dk");
+    part_dv = part(p.v_head_dim, ScalarType::Float, "part_dv");
+    part_met = part(1, ScalarType::Int, "part_met");
+    b.part_dk = part_dk.mutable_data_ptr<float>();
+    b.part_dv = part_dv.mutable_data_ptr<float>();
+    b.part_met = part_met.mutable_data_ptr<int32_t>();
   }
 };
 

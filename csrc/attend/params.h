@@ -89,13 +89,21 @@ struct AttendParams {
 struct alignas(16) KeyEntry {                     // read by one instruction
   int32_t item, segment, first_segment, kv_head;  // the item's first segment; its task's KV head, or -1
 };
+// What a block of attend_dkv does: of the items that hold keys of a tile, each `parts`-th from the `part`-th
+// on. Where there are several, its sums go to a slot of their own.
+struct alignas(16) KeyPiece {
+  int32_t tile, part, parts, slot;  // parts 0: nothing
+};
 struct KeyIndex {
   KeyEntry* entry;  // [capacity]; null: there is no index
+  KeyPiece* piece;  // [tiles + extra]
   // [2 * leaves][chunks]: the entries of a node lie between the last chunk of the node before and its own
   // last chunk.
   int32_t* end;
-  int32_t* sums;                           // [kIndexBlocks]: scratch
-  int32_t keys, leaves, chunks, capacity;  // keys: of a tile
+  int32_t* queries;                               // [2 * leaves]: of a node's entries
+  int32_t *sums, *work;                           // [kIndexBlocks], [tiles]: scratch
+  int32_t keys, tiles, leaves, chunks, capacity;  // keys: of a tile
+  int32_t extra, least;                           // pieces beyond one per tile; queries that a piece is worth
 };
 
 // dq, dk and dv are of the arithmetic type T on the CPU, of the dtype of q on a GPU.
@@ -111,10 +119,9 @@ struct AttendBackwardParams {
   void* delta;           // T [Nq, Hq]: scratch of a GPU
   // How a GPU finds dk and dv (key_tiles.h).
   KeyIndex index;
-  int32_t key_parts;  // of what a tile of keys meets; with one, the rest is null
-  float* part_dk;     // [key_parts, num_places, Hk, D]
-  float* part_dv;     // [key_parts, num_places, Hk, Dv]
-  int32_t* part_met;  // [key_parts, num_places, Hk]: some query has met this key
+  float* part_dk;     // [slots, Hk, keys of a tile, D]
+  float* part_dv;     // [slots, Hk, keys of a tile, Dv]
+  int32_t* part_met;  // [slots, Hk, keys of a tile]: some query has met this key
 };
 
 // Bytes of scratch that one worker needs for a task of `rows` query rows of `heads` KV heads at a time.
