@@ -26,6 +26,8 @@ WANTED = {
     "attend_dsinks": {"index", "mask", "scale"},
     "attend_dq": {"index", "mask", "barrier", "scale"},
     "attend_dkv": {"index", "mask", "barrier", "scale"},
+    "attend_dkv_add": {"index", "mask"},
+    "attend_index": {"index", "mask", "barrier"},
     "verify_greedy": {"index", "mask", "barrier", "scale"},
     "verify_sample": {"index", "mask", "barrier", "scale"},
     "compact_kv_": {"index", "mask", "scale"},

@@ -15,6 +15,7 @@ from pathlib import Path
 import palmette
 import ptx
 import pytest
+import test_key_tiles as key_tiles
 import test_sparse_attention as sparse
 import torch
 from palmette import testing
@@ -38,6 +39,8 @@ SOURCES = {
     "attend_dsinks": "attend/kernel_backward_gpu.cu",
     "attend_dq": "attend/kernel_dq_gpu.cu",
     "attend_dkv": "attend/kernel_dkv_gpu.cu",
+    "attend_dkv_add": "attend/kernel_dkv_gpu.cu",
+    **{f"attend_index_{part}": "attend/kernel_index_gpu.cu" for part in ("count", "sum", "place", "fill", "cut")},
     "merge_states": "merge/kernel_gpu.cu",
     "merge_states_backward": "merge/kernel_gpu.cu",
     "select_blocks": "sparse/kernel_gpu.cu",
@@ -80,6 +83,8 @@ def kernels(dtype: torch.dtype, head_dim: int = 0, v_head_dim: int | None = None
         "attend_dsinks": "attend_dsinks_kernel",
         "attend_dq": f"attend_dq_kernelI{math}Li{64 if narrow else 128}E",
         "attend_dkv": f"attend_dkv_kernelI{math}Li{64 if narrow or dtype == FP32 else 128}E",
+        "attend_dkv_add": f"attend_dkv_add_kernelI{element}E",
+        **{name: f"{name}_kernel" for name in SOURCES if name.startswith("attend_index")},
         "merge_states": f"merge_states_kernelI{element}Li{width}E",
         "merge_states_backward": f"merge_states_backward_kernelI{element}E",
         "select_blocks": f"select_blocks_kernelI{math}E",
@@ -107,6 +112,8 @@ def numbers(name: str, data: bytes, dtype: torch.dtype) -> torch.Tensor:
 
 def close(name: str, actual: bytes, expected: bytes, dtype: torch.dtype) -> bool:
     """Whether two machines that round differently may come to these results."""
+    if name in ("index", "part_met"):
+        return actual == expected
     got, want = numbers(name, actual, dtype), numbers(name, expected, dtype)
     largest = want[torch.isfinite(want)].abs().max().item() if torch.isfinite(want).any() else 0.0
     tolerance = 1e-4 if dtype == FP32 else 1e-2
@@ -280,6 +287,19 @@ def test_gradients_of_head_dims(head_dim, v_head_dim, dtype):
             *star(3, 36, 3), q_heads=2, kv_heads=1, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype
         )
     )
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_gradients_by_an_index(dtype):
+    """In pieces."""
+    p = key_tiles.selection([100, 30], 64, 2, q_heads=16, dtype=dtype, head_dim=64).indexed()
+    with testing.backend("emulated"):
+        out, lse = p.forward()
+    with testing.backend("emulated"), replays(kernels(dtype, 64)) as done:
+        p.backward(out, lse)
+    names = ["attend_delta", "attend_dq", *key_tiles.INDEX, "attend_dkv", "attend_dkv_add"]
+    assert [one.launch.name for one in done] == names
+    look_at(done, dtype)
 
 
 # ---- merge_states

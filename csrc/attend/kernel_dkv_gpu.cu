@@ -355,7 +355,7 @@ struct KeyGradient {
       const int tile_queries = (skipped + count - 1) / a.group + 1;
       if (static_cast<int>(threadIdx.x) < tile_queries)
         shared.query[threadIdx.x] = query_of(begin + static_cast<int>(threadIdx.x));
-      __syncthreads();
+      __syncthreads();  // the rows before are done with, too
       int least = INT32_MAX, most = INT32_MIN;
       for (int i = lane(); i < tile_queries; i += kLanes) {
         least = min(least, shared.query[i].pos);
@@ -383,7 +383,6 @@ struct KeyGradient {
       for (int row = part() * kWarpRows; row < (part() + 1) * kWarpRows; row += kStep) {
         if (row < count) meet(row, least, most, count);
       }
-      __syncthreads();
     }
   }
 
