@@ -25,7 +25,18 @@ PlanView view_tables(const PlanTensors& t, const Tensor& q) {
   check_table(t.item, "item", q, "[capacity, 4]", 4);
   check_table(t.task, "task", q, "[capacity, 6]", 6);
   check_table(t.merge_ptr, "merge_ptr", q, "[capacity]", 0);
-  check_table(t.merge_row, "merge_row", q, "[capacity]", 0);
+  const bool by_blocks = t.merge_row.dim() == 3;
+  if (by_blocks) {
+    check_device(t.merge_row, "merge_row", q, "q");
+    check_dtype(t.merge_row, "merge_row", {ScalarType::Int});
+    check_contiguous(t.merge_row, "merge_row");
+    require(t.merge_row.size(1) == q.size(0) && t.merge_row.size(2) > 0 && t.item_query.has_value() &&
+                t.item_query->numel() == t.merge_row.numel(),
+            "merge_row", text("[Hk, ", q.size(0), ", n] with as many entries as item_query"),
+            shape_text(t.merge_row));
+  } else {
+    check_table(t.merge_row, "merge_row", q, "[capacity]", 0);
+  }
   check_table(t.counts, "counts", q, "[16]", 0);
   check_device(t.query, "query", q, "q");
   check_dtype(t.query, "query", {ScalarType::Int});
@@ -51,7 +62,8 @@ PlanView view_tables(const PlanTensors& t, const Tensor& q) {
   p.merge_row = t.merge_row.const_data_ptr<int32_t>();
   p.num_queries = static_cast<int32_t>(q.size(0));
   p.num_tasks = static_cast<int32_t>(t.task.size(0));
-  p.num_partials = static_cast<int32_t>(t.merge_row.numel());
+  p.num_partials = by_blocks ? 0 : static_cast<int32_t>(t.merge_row.numel());
+  p.choices = by_blocks ? static_cast<int32_t>(t.merge_row.size(2)) : 0;
   p.num_places = static_cast<int32_t>(t.slots.numel());
   return p;
 }
@@ -70,11 +82,11 @@ void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t n
             capacity);
   };
   within(queries, t.query.size(1), "query");
-  within(queries, t.merge_ptr.numel() - 1, "merge_ptr");
+  if (p.choices == 0) within(queries, t.merge_ptr.numel() - 1, "merge_ptr");
   within(segments, t.segment.size(0), "segment");
   within(items, t.item.size(0), "item");
   within(tasks, t.task.size(0), "task");
-  within(partials, t.merge_row.numel(), "merge_row");
+  within(partials, p.choices > 0 ? 0 : t.merge_row.numel(), "merge_row");
   const int64_t listed = t.item_query.has_value() ? p.counts[kNumItemQueries] : 0;
   if (t.item_query.has_value()) within(listed, t.item_query->numel(), "item_query");
 
@@ -104,12 +116,12 @@ void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t n
   }
   for (int64_t i = 0; i < tasks; ++i) {
     const PlanTask& task = p.task[i];
-    range(task.query_begin, task.query_end, 0, queries, "task");
+    range(task.query_begin, task.query_end, 0, p.choices > 0 ? listed : queries, "task");
     range(task.item_begin, task.item_end, 0, items, "task");
-    require(task.kv_head >= -1 && task.kv_head < num_kv_heads, "task",
+    require(task.kv_head >= (p.choices > 0 ? 0 : -1) && task.kv_head < num_kv_heads, "task",
             text("of a KV head below ", num_kv_heads), task.kv_head);
     const int32_t count = task.query_end - task.query_begin;
-    if (task.partial_begin >= 0)
+    if (p.choices == 0 && task.partial_begin >= 0)
       range(task.partial_begin, int64_t{task.partial_begin} + count, 0, partials, "task");
     p.max_task_queries = std::max(p.max_task_queries, count);
     for (int32_t k = task.item_begin; k < task.item_end; ++k) {
@@ -123,10 +135,14 @@ void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t n
       bool ascending = true;
       for (const int32_t* j = first; j + 1 < last; ++j) ascending &= j[0] < j[1];
       require(ascending, "item_query", "ascending in every item", "item ", k);
+      const bool any_query = p.choices > 0;
       if (first < last)
-        range(first[0], int64_t{last[-1]} + 1, task.query_begin, task.query_end, "item_query");
+        range(first[0], int64_t{last[-1]} + 1, any_query ? 0 : task.query_begin,
+              any_query ? queries : task.query_end, "item_query");
     }
   }
+  for (int64_t i = 0; p.choices > 0 && i < listed; ++i)
+    require(p.merge_row[i] >= -1 && p.merge_row[i] < listed, "merge_row", text("below ", listed), p.merge_row[i]);
   if (partials > 0) {
     for (int64_t i = 0; i < queries; ++i) range(p.merge_ptr[i], p.merge_ptr[i + 1], 0, partials, "merge_ptr");
     for (int64_t i = 0; i < partials; ++i) {
@@ -177,8 +193,12 @@ AttendParams make_params(const Inputs& in, double scale, double softcap, int64_t
   if (q.is_cpu()) {
     const PlanView capacity = p.plan;
     check_plan(p.plan, plan, q.size(0), k.size(0), k.size(1));
+    require(p.plan.choices == 0 || emulator_in_use() != nullptr, "merge_row", "[capacity] on the CPU",
+            shape_text(plan.merge_row));
     if (emulator_in_use() != nullptr) p.plan = capacity;  // GPU kernels read the counts themselves
   }
+  require(p.plan.choices == 0 || (plan.merge_row.size(0) == k.size(1) && window == 0), "merge_row",
+          text("[", k.size(1), ", Nq, n], and window 0, in a plan by blocks"), shape_text(plan.merge_row));
   p.q = strided(q, "q");
   p.k = strided(k, "k");
   p.v = strided(v, "v");

@@ -82,7 +82,7 @@ struct QueryGradient {
       });
       for (int i = 0; i < listed; ++i) {
         const PlanTask& t = p.plan.task[shared.list.task[i]];
-        const KeyRange range{t.item_begin, t.item_end, query_begin, query_end, a.logits.window};
+        const KeyRange range{t.item_begin, t.item_end, query_begin, query_end, a.logits.window, false};
         for_each_tile(shared.ring, stages, a.stages, p.plan, range, a.k, a.v, kv_head,
                       [&](const TileSpan& span, const Key* keys, const Matrix<E>& k, const Matrix<E>& v) {
                         meet(q, dout, span, keys, k, v);

@@ -126,7 +126,8 @@ struct Rows {
         kv_head(head),
         first(first_row),
         count(rows),
-        at{t.query_begin, problem.p.num_q_heads / problem.p.num_kv_heads},
+        at{t.query_begin, problem.p.num_q_heads / problem.p.num_kv_heads,
+           problem.p.plan.choices > 0 ? problem.p.plan.item_query : nullptr},
         shared(gpu::shared<Shared<E>>()) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -147,7 +148,7 @@ struct Rows {
     copy_query_rows(queries, 16 * kRowWarps, a.q, p.plan, at, first, count, kv_head);
     ptx::commit_copies();
     const KeyRange range{task.item_begin, task.item_end, at.query(first), at.query(first + count - 1) + 1,
-                         a.logits.window};
+                         a.logits.window, p.plan.choices > 0};
     for_each_tile<kChunks>(shared.ring, a.after_queries(shared.tiles), a.stages, p.plan, range, a.k, a.v,
                            kv_head, [&](const TileSpan& span, const Key* keys, const Tile& k, const Tile& v) {
                              meet(queries, span, keys, k, v);
@@ -263,7 +264,7 @@ struct Rows {
 
   // Every lane finishes the state of one row; then all of them write one row after the other.
   __device__ __forceinline__ void write_rows(const float* states) {
-    const bool direct = task.partial_begin < 0;
+    const bool by_blocks = p.plan.choices > 0, direct = task.partial_begin < 0;
     float weight[kKeyWarps] = {}, top = kEmptyMax, sum = 0, factor = 1;
     int64_t target = 0;  // of the row in `out` or `partial_out`
     // Shuffled, the lane's number is news to the compiler, which would compute these addresses before all
@@ -286,6 +287,13 @@ struct Rows {
         static_cast<float*>(p.lse)[index * p.num_q_heads + head_of(r)] = done.lse;
         factor = done.factor;
         target = index * p.out.token + head_of(r) * p.out.head;
+      } else if (by_blocks) {
+        const int64_t before = int64_t{p.head_begin} * p.plan.num_queries * p.plan.choices;
+        target = (task.partial_begin - before) * at.group + first + r;
+        static_cast<float*>(p.partial_max)[target] = top;
+        static_cast<float*>(p.partial_sum)[target] = sum;
+        target *= p.v_head_dim;
+        factor = sum == 0 ? 0.0f : 1.0f / sum;
       } else {
         const int64_t row = int64_t{task.partial_begin} + query - task.query_begin;
         target = row * p.num_q_heads + head_of(r);
@@ -346,15 +354,16 @@ struct Rows {
   __device__ __forceinline__ const float* state_of(const float* states, int r, int j) const {
     return states + ((r / 16 + kRowWarps * j) * 16 + r % 16) * a.o_stride;
   }
-  // `valid` columns from `at_element` on, of `out` times the factor, or of a partial state.
+  // `valid` columns from `at_element` on, of `out` or of a partial state, in E times the factor or in float.
   __device__ __forceinline__ void put(bool direct, int64_t at_element, const Four& value, float factor,
                                       int valid) const {
-    if (direct) {
-      E* out = static_cast<E*>(p.out.data) + at_element;
+    if (direct || p.plan.choices > 0) {
+      E* out = static_cast<E*>(direct ? p.out.data : p.partial_out) + at_element;
       Pack<E, 4> narrowed;
 #pragma unroll
       for (int e = 0; e < 4; ++e) narrowed.value[e] = narrow<E>(value.value[e] * factor);
-      if (valid == 4 && a.out_by_fours) return store(reinterpret_cast<Pack<E, 4>*>(out), narrowed);
+      const bool by_fours = direct ? a.out_by_fours : p.v_head_dim % 4 == 0;
+      if (valid == 4 && by_fours) return store(reinterpret_cast<Pack<E, 4>*>(out), narrowed);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         if (e < valid) out[e] = narrowed.value[e];
@@ -374,8 +383,8 @@ template <class Math, int kColumns, bool kExact>
 __global__ void __launch_bounds__(kThreads, 2)
     attend_kernel(const __grid_constant__ Problem<typename Math::Element> a) {
   const AttendParams& p = a.p;
-  const auto index = static_cast<int32_t>(blockIdx.x / p.num_kv_heads);
-  const auto kv_head = static_cast<int>(blockIdx.x % p.num_kv_heads);
+  const int heads = p.plan.choices > 0 ? 1 : p.num_kv_heads;  // that a task may run for
+  const auto index = static_cast<int32_t>(blockIdx.x / heads);
   using E = typename Math::Element;
   if (!plan_fits(p)) {
     fill_nan<E>(p.out, p.plan.num_queries, p.num_q_heads, p.v_head_dim);
@@ -386,7 +395,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   PlanTask& task = shared<Shared<E>>().task;
   if (threadIdx.x == 0) task = p.plan.task[index];
   __syncthreads();
-  if (task.kv_head >= 0 && task.kv_head != kv_head) return;
+  const int kv_head = p.plan.choices > 0 ? task.kv_head : static_cast<int>(blockIdx.x) % heads;
+  if (p.plan.choices > 0 ? kv_head < p.head_begin || kv_head >= p.head_begin + p.head_count
+                         : task.kv_head >= 0 && task.kv_head != kv_head)
+    return;
   const auto rows = [&] { return (task.query_end - task.query_begin) * (p.num_q_heads / p.num_kv_heads); };
   for (int first = 0; first < rows(); first += kMaxRows) {
     const int count = min(kMaxRows, rows() - first);
@@ -455,6 +467,63 @@ __global__ void __launch_bounds__(kThreads) attend_merge_kernel(const __grid_con
   }
 }
 
+// The second pass of a plan by blocks: as above, of entries that merge_row names.
+template <class E>
+__global__ void __launch_bounds__(kThreads) attend_merge_blocks_kernel(const __grid_constant__ AttendParams p) {
+  const int group = p.num_q_heads / p.num_kv_heads, heads = p.head_count * group;
+  const int64_t index = int64_t{blockIdx.x} * kWarps + warp(), query = index / heads;
+  if (query >= p.plan.num_queries || !plan_fits(p)) return;
+  const int head = p.head_begin * group + static_cast<int>(index % heads), kv_head = head / group;
+  const int64_t of_head = int64_t{p.plan.num_queries} * p.plan.choices;
+  const int32_t* chosen = p.plan.merge_row + kv_head * of_head + query * p.plan.choices;
+  const auto* part_max = static_cast<const float*>(p.partial_max);
+  const auto* part_sum = static_cast<const float*>(p.partial_sum);
+  // where the partial state of the i-th choice lies; -1: there is none
+  const auto place = [&](int i) -> int64_t {
+    if (i >= p.plan.choices || chosen[i] < 0) return -1;
+    return (chosen[i] - p.head_begin * of_head) * group + head % group;
+  };
+  float top = kEmptyMax;
+  for (int i = lane(); i < p.plan.choices; i += kLanes) {
+    const int64_t at = place(i);
+    if (at >= 0) top = fmaxf(top, part_max[at]);
+  }
+  top = group_max(top);
+  const int64_t row = p.plan.query_index[query];
+  E* out = static_cast<E*>(p.out.data) + row * p.out.token + head * p.out.head;
+  constexpr int kColumns = 4;  // of a lane at a time
+  for (int first = 0; first < p.v_head_dim; first += kColumns * kLanes) {
+    float value[kColumns] = {}, sum = 0;
+    for (int base = 0; base < p.plan.choices; base += kLanes) {
+      const int64_t mine = place(base + lane());
+      // partial results are divided by their sums
+      const float weight =
+          mine < 0 || part_sum[mine] == 0 ? 0.0f : part_sum[mine] * ptx::ex2(part_max[mine] - top);
+      sum += weight;
+      const int count = min(p.plan.choices - base, kLanes);
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        const float w = shuffle(weight, i);
+        const int64_t at = shuffle(mine, i);
+        if (w == 0) continue;
+        const E* from = static_cast<const E*>(p.partial_out) + at * p.v_head_dim + first;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const int x = lane() + kLanes * c;
+          if (first + x < p.v_head_dim) value[c] = fmaf(widen(from[x]), w, value[c]);
+        }
+      }
+    }
+    const Finished done = finish(p, head, top, group_sum(sum));
+    if (lane() == 0 && first == 0) static_cast<float*>(p.lse)[row * p.num_q_heads + head] = done.lse;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int x = first + lane() + kLanes * c;
+      if (x < p.v_head_dim) out[x] = narrow<E>(value[c] * done.factor);
+    }
+  }
+}
+
 template <class E>
 Problem<E> problem_of(const AttendParams& p) {
   Problem<E> a{};
@@ -497,9 +566,15 @@ void launch_attend(const AttendParams& p, const LaunchContext& context) {
     if (p.head_dim == p.v_head_dim && p.head_dim == 64) kernel = &attend_kernel<Math, 64, true>;
     if (p.head_dim == p.v_head_dim && p.head_dim == 128) kernel = &attend_kernel<Math, 128, true>;
   }
-  const auto blocks = static_cast<unsigned>(int64_t{p.plan.num_tasks} * p.num_kv_heads);
+  const bool by_blocks = p.plan.choices > 0;
+  const auto blocks = static_cast<unsigned>(int64_t{p.plan.num_tasks} * (by_blocks ? 1 : p.num_kv_heads));
   if (blocks > 0) launch("attend", kernel, dim3(blocks), dim3(kThreads), bytes, context, a);
   const int64_t groups = int64_t{p.plan.num_queries} * p.num_q_heads;
+  if (by_blocks && groups > 0) {
+    const int64_t merged = groups / p.num_kv_heads * p.head_count;
+    launch("attend_merge_blocks", &attend_merge_blocks_kernel<E>,
+           dim3(static_cast<unsigned>((merged + kWarps - 1) / kWarps)), dim3(kThreads), 0, context, p);
+  }
   if (p.plan.num_partials > 0 && groups > 0) {
     launch("attend_merge", &attend_merge_kernel<E>,
            dim3(static_cast<unsigned>((groups + kWarps - 1) / kWarps)), dim3(kThreads), 0, context, p);

@@ -82,10 +82,12 @@ __device__ __forceinline__ bool names(const PlanView& plan, const PlanItem& item
 }
 
 // Items whose keys meet queries [query_begin, query_end), at most 64 of them where items list theirs. With a
-// window, keys too far up the path for every query are skipped unread.
+// window, keys too far up the path for every query are skipped unread. `all_named`: the items are those of
+// every row of the block.
 struct KeyRange {
   int32_t item_begin, item_end, query_begin, query_end;
   int window;
+  bool all_named;
 };
 
 // Walks the tiles of a range: each holds keys of one item, across its segments. One group of lanes does that
@@ -139,7 +141,10 @@ class KeyCursor {
       const PlanItem item = upcoming_;
       ++item_;
       look_at_item(plan);
-      if (plan.item_query == nullptr) {
+      if (range_.all_named) {
+        query_begin_ = range_.query_begin;
+        query_end_ = range_.query_end;
+      } else if (plan.item_query == nullptr) {
         query_begin_ = max(item.query_begin, range_.query_begin);
         query_end_ = min(item.query_end, range_.query_end);
       } else {

@@ -19,6 +19,7 @@ struct PlanSegment {  // keys slots[begin .. begin + length); key i is seen from
 struct PlanItem {
   int32_t segment_begin, segment_end, query_begin, query_end;
 };
+// In a plan by blocks (PlanView::choices), queries item_query[query_begin .. query_end), one item, partial states.
 struct PlanTask {  // items [item_begin, item_end) update the states of queries [query_begin, query_end)
   int32_t item_begin, item_end, query_begin, query_end, partial_begin, kv_head;
 };
@@ -51,9 +52,14 @@ struct PlanView {
   const int32_t* item_query;   // [num_item_queries] or null
   const PlanTask* task;        // [num_tasks]
   const int32_t* merge_ptr;    // [num_queries + 1]
-  const int32_t* merge_row;    // [num_partials]
+  const int32_t* merge_row;    // [num_partials], or [num_kv_heads, num_queries, choices]
   int32_t num_queries, num_tasks, num_partials, max_task_queries;
   int32_t num_places;  // length of `slots`
+  // Above 0: a plan by blocks, of a GPU. A task is a block of keys and queries that chose it; entry i of
+  // item_query has a partial state of its KV head's group, and a query at most `choices` of them per KV head:
+  // merge_row names their entries, -1 where there is none. Those of KV head h lie in the h-th of num_kv_heads
+  // equal parts of item_query.
+  int32_t choices;
 };
 
 // What one worker takes at a time: some KV heads of one task (forward) or of a run of tasks (backward).
@@ -74,6 +80,9 @@ struct AttendParams {
   void* partial_out;        // T [num_partials, Hq, Dv]
   void* partial_max;        // T [num_partials, Hq]: running maximum, log2 units
   void* partial_sum;        // T [num_partials, Hq]: sum of 2^(s - max)
+  // Of a plan by blocks, partial_out is [entries, group, Dv] in the dtype of q, divided by the sums, and like
+  // the others of these KV heads:
+  int32_t head_begin, head_count;
   const void* sinks;        // T [Hq] or null
   const AttendUnit* units;  // [num_units]
   int32_t num_units;

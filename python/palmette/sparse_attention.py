@@ -362,7 +362,10 @@ def selected_attention(
         )
     queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
     starts = _key_starts("k_starts", k_starts, q, queries)
-    plan = _plan_selection(q, k, block_index, queries, tokens, starts, block_size, v.shape[2])
+    if q.device.type == "cuda" and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        plan = _plan_by_blocks(q, k, block_index, queries, tokens, starts, block_size)
+    else:
+        plan = _plan_selection(q, k, block_index, queries, tokens, starts, block_size, v.shape[2])
     if q.device.type == "cpu" and block_index.numel() * block_size >= _READS_OF_A_COPY * k.shape[:2].numel():
         k, v = _heads_first(k), _heads_first(v)
     out, lse = attend(q, k, v, plan_tensors(plan), scale=scale, item_query=plan[8])
@@ -450,6 +453,80 @@ def _plan_selection(
         starts,
     )
     return on_device(plan, q.device)
+
+
+def _plan_by_blocks(
+    q: Tensor,
+    k: Tensor,
+    block_index: Tensor,
+    queries: Tensor,
+    tokens: Tensor,
+    starts: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, ...]:
+    """The nine tables of a plan in FSA's order: a task is a key block and queries that chose it.
+
+    Made by a sort where block_index is, and nothing is waited for. Blocks that a sequence does not have count as
+    none. csrc/attend/params.h says what is different in such a plan.
+    """
+    heads, num_queries, choices = block_index.shape
+    device, group = block_index.device, q.shape[1] // heads
+    begins, ends = _lengths(queries), _lengths(tokens)
+    key = list(itertools.accumulate(ends, initial=0)) if starts is None else starts.tolist()
+    row = list(itertools.accumulate(begins, initial=0))
+    segments: list[list[int]] = []
+    first: list[int] = []
+    for b, (n, m) in enumerate(zip(begins, ends, strict=True)):
+        first.append(len(segments))
+        for j in range(0, m, block_size):
+            length = min(block_size, m - j)
+            segments.append([key[b] + j, length, row[b] + j - (m - n), 1, row[b] + n, j])
+    blocks = max(1, len(segments))
+    of_query = [torch.full((n,), x) for n, x in zip(begins, first, strict=True)]
+    have = [torch.full((n,), x) for n, x in zip(begins, [*first[1:], len(segments)], strict=True)]
+    host = {"dtype": torch.int32, "device": "cpu"}
+    count = [num_queries, len(segments), 0, 0, 0, 0, 0, block_size, k.shape[0], heads * num_queries * choices]
+    first_block, end_block, segment, counts = on_device(
+        (
+            torch.cat([*of_query, torch.empty(0)]).int()[:, None],
+            torch.cat([*have, torch.empty(0)]).int()[:, None],
+            torch.tensor(segments or [[0] * 6], **host),
+            torch.tensor(count + [0] * (16 - len(count)), **host),
+        ),
+        device,
+    )
+    chosen = block_index + first_block
+    chosen = torch.where((block_index >= 0) & (chosen < end_block), chosen, blocks)
+    ordered, order = chosen.flatten(1).sort(dim=1, stable=True)
+    entries = num_queries * choices  # of a KV head
+    number = torch.arange(entries, device=device).expand(heads, -1)
+    base = torch.arange(heads, device=device)[:, None] * entries
+    place = torch.empty_like(order).scatter_(1, order, number + base).view_as(chosen)
+    edges = torch.searchsorted(ordered, torch.arange(blocks + 1, dtype=torch.int32, device=device).repeat(heads, 1))
+    most = max(1, _TILE_ROWS_GPU // group)
+    parts = (edges.diff(dim=1) + most - 1) // most
+    part_end = parts.flatten().cumsum(0)
+    capacity = heads * (entries // most + min(blocks, entries))
+    task = torch.arange(capacity, device=device)
+    owner = torch.searchsorted(part_end, task, right=True).clamp(max=heads * blocks - 1)
+    head, block = owner // blocks, owner % blocks
+    edges = edges + base
+    begin = edges[:, :-1].flatten()[owner] + (task - part_end[owner] + parts.flatten()[owner]) * most
+    end = torch.minimum(begin + most, edges[:, 1:].flatten()[owner])
+    counts[2:4] = part_end[-1]
+    rows = torch.arange(num_queries, device=device)
+    tables = (
+        torch.arange(k.shape[0], device=device),
+        torch.stack([rows, rows, rows, torch.zeros_like(rows)]),
+        segment,
+        torch.stack([block, block + 1, begin, end], 1),
+        torch.stack([task, task + 1, begin, end, begin, head], 1),
+        torch.zeros(1, device=device),
+        torch.where(chosen < blocks, place, -1),
+        counts,
+        (order // choices).flatten(),
+    )
+    return tuple(table.int() for table in tables)
 
 
 def _heads_first(x: Tensor) -> Tensor:
