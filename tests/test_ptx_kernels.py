@@ -507,10 +507,10 @@ def test_no_defect_in_dkv_escapes_where_keys_are_hidden():
 
 
 def test_no_defect_in_the_reductions_escapes():
-    # of 33 keys, the first and the last are seen, each lane 0's; and every tile of rows is one query
+    # of 64 keys, the last of either half are seen, each lane 31's; and every tile of rows is one query
     case = make_case(
-        [-1, 0, 0, 0], [1, 15, 16, 1], ([0, 3], [0, 0]), q_heads=64, kv_heads=1, head_dim=8, dtype=BF16,
-        split="flatten", block_len=64,
+        [-1, -1, 1, 1, 1], [31, 1, 15, 16, 1], ([1, 4], [0, 0]), q_heads=64, kv_heads=1, head_dim=8,
+        dtype=BF16, split="flatten", block_len=64,
     )  # fmt: skip
     launches = recorded(case, backward=True)
     shuffles = [m for m in ptx.MUTATIONS if m.name.startswith("shfl")]
