@@ -12,14 +12,21 @@ endif()
 
 file(STRINGS "${torch_dir}/include/torch/headeronly/version.h" version_lines REGEX "define TORCH_VERSION \\\\|^  \"[0-9.]+\"")
 string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" PALMETTE_TORCH_VERSION "${version_lines}")
-if(PALMETTE_TORCH_VERSION VERSION_LESS 2.13)
-  message(FATAL_ERROR "palmette needs torch >= 2.13 to build, got ${PALMETTE_TORCH_VERSION} in ${torch_dir}.")
+if(PALMETTE_TORCH_VERSION VERSION_LESS 2.11)
+  message(FATAL_ERROR "palmette needs torch >= 2.13 to build (2.11 and 2.12 will do for the very same torch), got "
+                      "${PALMETTE_TORCH_VERSION} in ${torch_dir}.")
+endif()
+# The oldest torch whose stable ABI the library may use: it loads in that one and in every later one.
+set(target_version 0x020d000000000000)
+if(PALMETTE_TORCH_VERSION VERSION_LESS 2.12)
+  set(target_version 0x020b000000000000)
+elseif(PALMETTE_TORCH_VERSION VERSION_LESS 2.13)
+  set(target_version 0x020c000000000000)
 endif()
 
 add_library(palmette_torch INTERFACE)
 target_include_directories(palmette_torch SYSTEM INTERFACE "${torch_dir}/include")
 target_compile_options(palmette_torch INTERFACE "-ffile-prefix-map=${torch_dir}/=") # messages name torch's headers
-# The oldest torch whose stable ABI the library may use: it loads in that one and in every later one.
-target_compile_definitions(palmette_torch INTERFACE TORCH_TARGET_VERSION=0x020d000000000000)
+target_compile_definitions(palmette_torch INTERFACE TORCH_TARGET_VERSION=${target_version})
 target_link_libraries(palmette_torch INTERFACE "${torch_dir}/lib/libtorch_cpu.so" "${torch_dir}/lib/libc10.so")
 message(STATUS "torch ${PALMETTE_TORCH_VERSION} in ${torch_dir}")

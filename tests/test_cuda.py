@@ -78,6 +78,35 @@ def test_in_a_graph_while_the_tree_grows():
         assert torch.equal(out, palmette.tree_attention(case.q, k, v, case.plan))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (4, 128), (16, 80)])
+def test_selected_attention(dtype, group, head_dim):
+    """In the order of a GPU's own plan, against the CPU's."""
+    tokens, ends = 700, torch.tensor([0, 400, 400, 700])
+    q = torch.randn(tokens, 2 * group, head_dim, dtype=dtype)
+    k, v = (torch.randn(tokens, 2, head_dim, dtype=dtype) for _ in range(2))
+    # the first block, the own one, and one between them
+    own = torch.cat([torch.arange(400), torch.arange(300)]) // 32
+    middle = torch.where(own > 1, 1 + (torch.arange(tokens) * 7) % (own - 1).clamp(min=1), -1)
+    index = torch.stack([torch.zeros_like(own), middle, torch.where(own > 0, own, -1)], 1).int()
+    index = index.expand(2, -1, -1).contiguous()
+    dout = torch.randn_like(q)
+
+    def run(device):
+        inputs = [x.to(device).detach().requires_grad_() for x in (q, k, v)]
+        out, lse = palmette.selected_attention(
+            *inputs, index.to(device), ends, block_size=32, return_lse=True
+        )
+        out.backward(dout.to(device))
+        return [x.detach().cpu().float() for x in (out, lse, *(x.grad for x in inputs))]
+
+    rounding = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+    first = run("cuda")
+    for a, b in zip(first, run("cpu"), strict=True):
+        torch.testing.assert_close(a, b, atol=rounding, rtol=rounding)
+    assert all(torch.equal(a, b) for a, b in zip(first, run("cuda"), strict=True))
+
+
 def test_merge_states():
     outs, lses = torch.randn(9, 5, 3, 128), torch.randn(9, 5, 3)
     for got, want in zip(

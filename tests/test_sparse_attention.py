@@ -261,12 +261,46 @@ def test_gradients_equal_the_reference(backend, tokens, queries, group, dtype):
     case = make(tokens, queries, q_heads=2 * group, v_head_dim=24, dtype=dtype)
     index = random_blocks(case, 4)
     douts = torch.randn(*case.q.shape[:2], 24), torch.randn(case.q.shape[:2])
-    got = gradients(case, selected(index), *douts)
     want = gradients(case.to(torch.float64), lambda c: expected_selected(c, index), *douts)
     base = gradients(case, lambda c: expected_selected(c, index), *douts)
     atol = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    for name, a, b, c in zip(("dq", "dk", "dv"), got, want, base, strict=True):
-        testing.assert_accurate(a, b, c, factor=3.0, atol=atol, name=name)
+    orders = [selected(index)]
+    if testing.current_backend() in testing.EMULATORS:
+        orders.append(lambda c: by_blocks(c, index))
+    for order in orders:
+        for name, a, b, c in zip(("dq", "dk", "dv"), gradients(case, order, *douts), want, base, strict=True):
+            testing.assert_accurate(a, b, c, factor=3.0, atol=atol, name=name)
+
+
+@pytest.mark.skipif("emulated" not in testing.backends(), reason="the emulator is not there")
+@pytest.mark.parametrize("group", [1, 3, 70])
+def test_a_plan_by_blocks(monkeypatch, group):
+    """Its launches, KV heads that take turns, groups of more rows than a block has, blocks that do not exist."""
+    case = make([90, 0, 40], q_heads=3 * group, kv_heads=3, dtype=torch.bfloat16)
+    index = random_blocks(case, 4)
+    index[0, 7] = torch.tensor([0, 1, 90, 2**31 - 1])
+    valid = torch.where(index < 90, index, -1)
+    douts = torch.randn_like(case.q), torch.randn(case.q.shape[:2])
+    with testing.backend("emulated"):
+        names = []
+        with testing.recorded_launches(lambda launch: names.append(launch.name)):
+            got = by_blocks(case, index)
+            of_blocks = gradients(case, lambda c: by_blocks(c, index), *douts)
+        assert {"attend", "attend_merge_blocks", "attend_dq", "attend_dq_add"} <= set(names)
+        assert "attend_merge" not in names
+        want = expected_selected(case.to(torch.float64), valid)
+        base = expected_selected(case, valid)
+        for a, b, c in zip(got, want, base, strict=True):
+            testing.assert_accurate(a, b, c, atol=ATOL[torch.bfloat16])
+        of_tiles = gradients(case, selected(valid), *douts)
+    for a, b in zip(of_blocks, of_tiles, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-2, rtol=5e-2)
+
+
+def test_a_plan_by_blocks_is_for_gpus(scalar_backend):
+    case = make([40])
+    with pytest.raises(ValueError, match="merge_row must be"):
+        by_blocks(case, random_blocks(case, 3))
 
 
 def test_rows_without_blocks_have_no_gradient(backend):

@@ -37,6 +37,7 @@ struct BackwardProblem {
   Stages stages;
   int group;
   int column_parts;
+  float* part_dq;
   KeyIndex index;  // of dK and dV: attend_dkv alone knows of these
   float *part_dk, *part_dv;
   int32_t* part_met;
@@ -57,6 +58,7 @@ struct BackwardProblem {
     a.logits = Logits::of(p);
     a.stages = Stages::of<E>(p);
     a.group = p.num_q_heads / p.num_kv_heads;
+    a.part_dq = b.part_dq;
     a.index = b.index;
     a.part_dk = b.part_dk;
     a.part_dv = b.part_dv;

@@ -8,6 +8,9 @@
 //   K, V --cp.async--> shared memory, a stage ahead
 //   Q K^T, dO V^T --multiply_rows--> S, dP in registers -> dS --accumulate_rows--> dQ in registers -> dq
 //
+// In a plan by blocks the 64 rows are those of a task, whose one item is all that they meet; what comes of it is
+// a part of dQ, and attend_dq_add adds up the parts of each row in the order of its choices.
+//
 // Gradients of more than kColumns columns are computed in parts, each of which computes S and dP again. A
 // row whose gradient is not finite is computed once more, key by key, as in the forward pass.
 #include <algorithm>
@@ -25,7 +28,7 @@ struct QueryShared {
   alignas(1024) unsigned char tiles[16];  // Q and dO, then stages of K and V; at the end dQ
 };
 
-template <class Math, int kColumns>
+template <class Math, int kColumns, bool kByBlocks>
 struct QueryGradient {
   using E = typename Math::Element;
   static constexpr int kKeys = kTileKeys<E>, kStep = 32, kN = kStep / 8, kRows = 16 * kWarps;
@@ -33,15 +36,19 @@ struct QueryGradient {
 
   const BackwardProblem<E>& a;
   const AttendParams& p;
+  const PlanTask* const task;  // of a plan by blocks
+  const RowOf at;
   const int kv_head, first, count, first_column;
   QueryShared<E>& shared;
   QueryRow row[2];
   float lse[2], delta[2], dq[kColumns / 8][4];
 
-  __device__ __forceinline__ QueryGradient(const BackwardProblem<E>& problem, int head, int first_row,
-                                           int rows, int column)
+  __device__ __forceinline__ QueryGradient(const BackwardProblem<E>& problem, const PlanTask* of_task,
+                                           int head, int first_row, int rows, int column)
       : a(problem),
         p(problem.p),
+        task(of_task),
+        at(kByBlocks ? RowOf{of_task->query_begin, a.group, p.plan.item_query} : RowOf{0, a.group}),
         kv_head(head),
         first(first_row),
         count(rows),
@@ -54,8 +61,8 @@ struct QueryGradient {
       lse[i] = INFINITY;
       delta[i] = 0;
       if (r >= count) continue;
-      row[i] = query_row(p.plan, (first + r) / a.group);
-      const int64_t index = state_index(a, RowOf{0, a.group}, first + r, kv_head);
+      row[i] = query_row(p.plan, at.query(first + r));
+      const int64_t index = state_index(a, at, first + r, kv_head);
       lse[i] = log2_lse(a.lse[index]);
       delta[i] = a.delta[index];
     }
@@ -64,7 +71,6 @@ struct QueryGradient {
   }
 
   __device__ __forceinline__ void run() {
-    const RowOf at{0, a.group};
     const int32_t query_begin = at.query(first), query_end = at.query(first + count - 1) + 1;
     const Matrix<E> q{reinterpret_cast<E*>(shared.tiles), a.stages.k};
     unsigned char* after_q = shared.tiles + kRows * a.stages.k.chunks * kChunkBytes;
@@ -73,21 +79,23 @@ struct QueryGradient {
     copy_query_rows(q, kRows, a.q, p.plan, at, first, count, kv_head);
     copy_query_rows(dout, kRows, a.dout, p.plan, at, first, count, kv_head);
     ptx::commit_copies();
-    const int32_t tasks = p.plan.counts[kNumTasks];
+    const auto walk = [&](const PlanTask& t) {
+      const KeyRange range{t.item_begin, t.item_end,      query_begin,
+                           query_end,    a.logits.window, kByBlocks};
+      for_each_tile(shared.ring, stages, a.stages, p.plan, range, a.k, a.v, kv_head,
+                    [&](const TileSpan& span, const Key* keys, const Matrix<E>& k, const Matrix<E>& v) {
+                      meet(q, dout, span, keys, k, v);
+                    });
+    };
+    const int32_t tasks = kByBlocks ? 0 : p.plan.counts[kNumTasks];
+    if (kByBlocks) walk(*task);
     for (int32_t base = 0; base < tasks; base += kThreads) {
       const int listed = list_tasks(shared.list, base, tasks, [&](int32_t index) {
         const PlanTask& t = p.plan.task[index];
         return (t.kv_head < 0 || t.kv_head == kv_head) && t.query_begin < query_end &&
                t.query_end > query_begin;
       });
-      for (int i = 0; i < listed; ++i) {
-        const PlanTask& t = p.plan.task[shared.list.task[i]];
-        const KeyRange range{t.item_begin, t.item_end, query_begin, query_end, a.logits.window, false};
-        for_each_tile(shared.ring, stages, a.stages, p.plan, range, a.k, a.v, kv_head,
-                      [&](const TileSpan& span, const Key* keys, const Matrix<E>& k, const Matrix<E>& v) {
-                        meet(q, dout, span, keys, k, v);
-                      });
-      }
+      for (int i = 0; i < listed; ++i) walk(p.plan.task[shared.list.task[i]]);
     }
     ptx::wait_for_copies<0>();
     write();
@@ -147,7 +155,7 @@ struct QueryGradient {
                             [&](int r, int x, float value) {
                               if (r >= count) return;
                               bad |= !is_finite(value);
-                              gradient_of(r)[x] = narrow<E>(value);
+                              put(r, x, value);
                             });
     if (!any(bad)) return;
     for (int r = warp(); r < count; r += kWarps) write_carefully(r, columns);
@@ -160,14 +168,14 @@ struct QueryGradient {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       const int x = lane() + kLanes * i;
-      bad[i] = x < columns && !is_finite(widen(gradient_of(r)[x]));
+      bad[i] = x < columns && !is_finite(written(r, x));
       some_bad |= bad[i];
     }
-    const int64_t state = state_index(a, RowOf{0, a.group}, first + r, kv_head);
+    const int64_t state = state_index(a, at, first + r, kv_head);
     const float row_lse = log2_lse(a.lse[state]), row_delta = a.delta[state];
     if (row_lse != row_lse || !is_finite(row_delta) || !any(some_bad)) return;  // NaN it is
 
-    const QueryRow seen = query_row(p.plan, (first + r) / a.group);
+    const QueryRow seen = query_row(p.plan, at.query(first + r));
     const int64_t query = p.plan.query_index[seen.query];
     const int head = kv_head * a.group + (first + r) % a.group;
     float total[kValues] = {};
@@ -182,24 +190,38 @@ struct QueryGradient {
       add_rows_of_lanes(total, ds, key.slot, a.k, kv_head, first_column, columns);
     };
 #pragma unroll 1
-    for (int32_t t = 0; t < p.plan.counts[kNumTasks]; ++t) {
-      const PlanTask& task = p.plan.task[t];
-      const bool mine = seen.query >= task.query_begin && seen.query < task.query_end;
-      if (mine && (task.kv_head < 0 || task.kv_head == kv_head))
-        for_each_key_by_lanes(p.plan, task.item_begin, task.item_end, seen, a.logits.window, meet);
+    for (int32_t i = 0; i < (kByBlocks ? 1 : p.plan.counts[kNumTasks]); ++i) {
+      const PlanTask& t = kByBlocks ? *task : p.plan.task[i];
+      const bool mine = kByBlocks || (seen.query >= t.query_begin && seen.query < t.query_end &&
+                                      (t.kv_head < 0 || t.kv_head == kv_head));
+      if (mine) for_each_key_by_lanes(p.plan, t.item_begin, t.item_end, seen, a.logits.window, meet);
     }
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      if (bad[i]) gradient_of(r)[lane() + kLanes * i] = narrow<E>(total[i]);
+      if (bad[i]) put(r, lane() + kLanes * i, total[i]);
     }
   }
 
+  // Row r's gradient, or its part: column x of those from first_column on.
+  __device__ __forceinline__ void put(int r, int x, float value) const {
+    if (kByBlocks) {
+      part_of(r)[x] = value;
+    } else {
+      gradient_of(r)[x] = narrow<E>(value);
+    }
+  }
+  __device__ __forceinline__ float written(int r, int x) const {
+    return kByBlocks ? part_of(r)[x] : widen(gradient_of(r)[x]);
+  }
   __device__ __forceinline__ E* gradient_of(int r) const {
-    return a.dq + state_index(a, RowOf{0, a.group}, first + r, kv_head) * p.head_dim + first_column;
+    return a.dq + state_index(a, at, first + r, kv_head) * p.head_dim + first_column;
+  }
+  __device__ __forceinline__ float* part_of(int r) const {
+    return a.part_dq + place_of_row(p, *task, first + r) * p.head_dim + first_column;
   }
 };
 
-template <class Math, int kColumns>
+template <class Math, int kColumns, bool kByBlocks>
 __global__ void __launch_bounds__(kThreads, 2)
     attend_dq_kernel(const __grid_constant__ BackwardProblem<typename Math::Element> a) {
   using E = typename Math::Element;
@@ -208,11 +230,49 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Strided dq{a.dq, int64_t{p.num_q_heads} * p.head_dim, p.head_dim};
     return fill_nan<E>(dq, p.plan.num_queries, p.num_q_heads, p.head_dim);
   }
-  const BlockOf block(a);
-  const int first = block.tile * 16 * kWarps, rows = p.plan.num_queries * a.group,
-            column = block.part * kColumns;
-  if (first >= rows || column >= p.head_dim) return;
-  QueryGradient<Math, kColumns>(a, block.kv_head, first, min(16 * kWarps, rows - first), column).run();
+  if constexpr (kByBlocks) {
+    const auto index = static_cast<int32_t>(blockIdx.x) / a.column_parts;
+    const int part = static_cast<int>(blockIdx.x) % a.column_parts * kColumns;
+    if (index >= p.plan.counts[kNumTasks]) return;
+    const PlanTask& task = p.plan.task[index];
+    const int of_task = (task.query_end - task.query_begin) * a.group;
+    if (task.kv_head < p.head_begin || task.kv_head >= p.head_begin + p.head_count) return;
+#pragma unroll 1
+    for (int from = 0; from < of_task; from += 16 * kWarps) {
+      QueryGradient<Math, kColumns, true>(a, &task, task.kv_head, from, min(16 * kWarps, of_task - from), part)
+          .run();
+      __syncthreads();
+    }
+  } else {
+    const BlockOf block(a);
+    const int first = block.tile * 16 * kWarps, rows = p.plan.num_queries * a.group,
+              column = block.part * kColumns;
+    if (first >= rows || column >= p.head_dim) return;
+    QueryGradient<Math, kColumns, false>(a, nullptr, block.kv_head, first, min(16 * kWarps, rows - first),
+                                         column)
+        .run();
+  }
+}
+
+// The parts of a row of a query, of a plan by blocks, by a group of lanes.
+template <class E>
+__global__ void __launch_bounds__(kThreads)
+    attend_dq_add_kernel(const __grid_constant__ BackwardProblem<E> a) {
+  const AttendParams& p = a.p;
+  const int heads = p.head_count * a.group;
+  const int64_t index = int64_t{blockIdx.x} * kWarps + warp(), query = index / heads;
+  if (query >= p.plan.num_queries || !plan_fits(p)) return;
+  const int head = p.head_begin * a.group + static_cast<int>(index % heads);
+  E* dq = a.dq + (p.plan.query_index[query] * int64_t{p.num_q_heads} + head) * p.head_dim;
+  for (int x = lane(); x < p.head_dim; x += kLanes) {
+    float sum = 0;
+#pragma unroll 4
+    for (int i = 0; i < p.plan.choices; ++i) {
+      const int64_t at = place_of_choice(p, query, head, i);
+      if (at >= 0) sum += a.part_dq[at * p.head_dim + x];
+    }
+    dq[x] = narrow<E>(sum);
+  }
 }
 
 template <class Math, int kColumns>
@@ -231,7 +291,18 @@ void launch_columns(const AttendBackwardParams& b, const LaunchContext& context)
   }
   require_shared(bytes, a.p);
   a.column_parts = (a.p.head_dim + kColumns - 1) / kColumns;
-  launch("attend_dq", &attend_dq_kernel<Math, kColumns>, a.blocks(tiles), dim3(kThreads), bytes, context, a);
+  if (a.p.plan.choices == 0)
+    return launch("attend_dq", &attend_dq_kernel<Math, kColumns, false>, a.blocks(tiles), dim3(kThreads), bytes,
+                  context, a);
+  in_turns(a.p, [&] {
+    const auto blocks = static_cast<unsigned>(a.p.plan.num_tasks * a.column_parts);
+    if (blocks > 0)
+      launch("attend_dq", &attend_dq_kernel<Math, kColumns, true>, dim3(blocks), dim3(kThreads), bytes, context,
+             a);
+    const int64_t rows = int64_t{a.p.plan.num_queries} * a.p.head_count * a.group;
+    launch("attend_dq_add", &attend_dq_add_kernel<E>, dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps)),
+           dim3(kThreads), 0, context, a);
+  });
 }
 
 }  // namespace

@@ -288,8 +288,7 @@ struct Rows {
         factor = done.factor;
         target = index * p.out.token + head_of(r) * p.out.head;
       } else if (by_blocks) {
-        const int64_t before = int64_t{p.head_begin} * p.plan.num_queries * p.plan.choices;
-        target = (task.partial_begin - before) * at.group + first + r;
+        target = place_of_row(p, task, first + r);
         static_cast<float*>(p.partial_max)[target] = top;
         static_cast<float*>(p.partial_sum)[target] = sum;
         target *= p.v_head_dim;
@@ -402,8 +401,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto rows = [&] { return (task.query_end - task.query_begin) * (p.num_q_heads / p.num_kv_heads); };
   for (int first = 0; first < rows(); first += kMaxRows) {
     const int count = min(kMaxRows, rows() - first);
-    // float of 256 columns has no registers to spare for a third body
-    constexpr bool kHalves = sizeof(E) == 2 || kColumns <= 128;
+    constexpr bool kHalves = kColumns <= 128;  // 256 have no registers to spare for a third body
     if (count > (kHalves ? 32 : 16)) {
       Rows<Math, kColumns, kExact, 4>(a, task, kv_head, first, count).run();
     } else if (kHalves && count > 16) {
@@ -473,16 +471,10 @@ __global__ void __launch_bounds__(kThreads) attend_merge_blocks_kernel(const __g
   const int group = p.num_q_heads / p.num_kv_heads, heads = p.head_count * group;
   const int64_t index = int64_t{blockIdx.x} * kWarps + warp(), query = index / heads;
   if (query >= p.plan.num_queries || !plan_fits(p)) return;
-  const int head = p.head_begin * group + static_cast<int>(index % heads), kv_head = head / group;
-  const int64_t of_head = int64_t{p.plan.num_queries} * p.plan.choices;
-  const int32_t* chosen = p.plan.merge_row + kv_head * of_head + query * p.plan.choices;
+  const int head = p.head_begin * group + static_cast<int>(index % heads);
   const auto* part_max = static_cast<const float*>(p.partial_max);
   const auto* part_sum = static_cast<const float*>(p.partial_sum);
-  // where the partial state of the i-th choice lies; -1: there is none
-  const auto place = [&](int i) -> int64_t {
-    if (i >= p.plan.choices || chosen[i] < 0) return -1;
-    return (chosen[i] - p.head_begin * of_head) * group + head % group;
-  };
+  const auto place = [&](int i) { return place_of_choice(p, query, head, i); };
   float top = kEmptyMax;
   for (int i = lane(); i < p.plan.choices; i += kLanes) {
     const int64_t at = place(i);
@@ -566,15 +558,21 @@ void launch_attend(const AttendParams& p, const LaunchContext& context) {
     if (p.head_dim == p.v_head_dim && p.head_dim == 64) kernel = &attend_kernel<Math, 64, true>;
     if (p.head_dim == p.v_head_dim && p.head_dim == 128) kernel = &attend_kernel<Math, 128, true>;
   }
-  const bool by_blocks = p.plan.choices > 0;
-  const auto blocks = static_cast<unsigned>(int64_t{p.plan.num_tasks} * (by_blocks ? 1 : p.num_kv_heads));
-  if (blocks > 0) launch("attend", kernel, dim3(blocks), dim3(kThreads), bytes, context, a);
   const int64_t groups = int64_t{p.plan.num_queries} * p.num_q_heads;
-  if (by_blocks && groups > 0) {
-    const int64_t merged = groups / p.num_kv_heads * p.head_count;
-    launch("attend_merge_blocks", &attend_merge_blocks_kernel<E>,
-           dim3(static_cast<unsigned>((merged + kWarps - 1) / kWarps)), dim3(kThreads), 0, context, p);
+  if (p.plan.choices > 0) {
+    in_turns(a.p, [&] {
+      if (p.plan.num_tasks > 0)
+        launch("attend", kernel, dim3(static_cast<unsigned>(p.plan.num_tasks)), dim3(kThreads), bytes, context,
+               a);
+      const int64_t merged = groups / p.num_kv_heads * a.p.head_count;
+      if (merged > 0)
+        launch("attend_merge_blocks", &attend_merge_blocks_kernel<E>,
+               dim3(static_cast<unsigned>((merged + kWarps - 1) / kWarps)), dim3(kThreads), 0, context, a.p);
+    });
+    return;
   }
+  const auto blocks = static_cast<unsigned>(int64_t{p.plan.num_tasks} * p.num_kv_heads);
+  if (blocks > 0) launch("attend", kernel, dim3(blocks), dim3(kThreads), bytes, context, a);
   if (p.plan.num_partials > 0 && groups > 0) {
     launch("attend_merge", &attend_merge_kernel<E>,
            dim3(static_cast<unsigned>((groups + kWarps - 1) / kWarps)), dim3(kThreads), 0, context, p);

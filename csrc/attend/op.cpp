@@ -21,46 +21,30 @@ namespace {
 // Partial states of a plan by blocks may take so much memory, or what one KV head needs.
 constexpr int64_t kPartialBytes = int64_t{1} << 30;
 
-// KV heads take turns in the memory of partial states.
-void run_by_blocks(const GpuLaunch& gpu, AttendParams& p, const Tensor& q) {
-  const int64_t group = p.num_q_heads / p.num_kv_heads;
-  const int64_t of_head = int64_t{p.plan.num_queries} * p.plan.choices * group;
-  const int64_t bytes = of_head * (p.v_head_dim * q.element_size() + 2 * sizeof(float));
-  const int64_t heads = std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(1, bytes), 1, p.num_kv_heads);
-  const Tensor partial_out = torch::stable::new_empty(q, {heads * of_head, p.v_head_dim}),
-               partial_max = torch::stable::new_empty(q, {heads * of_head}, ScalarType::Float),
-               partial_sum = torch::stable::new_empty(q, {heads * of_head}, ScalarType::Float);
-  p.partial_out = partial_out.mutable_data_ptr();
-  p.partial_max = partial_max.mutable_data_ptr();
-  p.partial_sum = partial_sum.mutable_data_ptr();
-  for (int64_t head = 0; head < p.num_kv_heads; head += heads) {
-    p.head_begin = static_cast<int32_t>(head);
-    p.head_count = static_cast<int32_t>(std::min(heads, p.num_kv_heads - head));
-    GpuLaunch launch = gpu;
-    launch.writes(partial_out, "partial_out");
-    launch.writes(partial_max, "partial_max");
-    launch.writes(partial_sum, "partial_sum");
-    launch.run("attend", p);
-  }
+// Partial states of a plan by blocks and one KV head: rows that each have `bytes`. Returns how many there are
+// where KV heads take turns, so many of them at a time as p.head_count now says.
+int64_t rows_by_blocks(AttendParams& p, int64_t bytes) {
+  const int64_t of_head =
+      int64_t{p.plan.num_queries} * p.plan.choices * (p.num_q_heads / p.num_kv_heads);
+  p.head_count = static_cast<int32_t>(
+      std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(1, of_head * bytes), 1, p.num_kv_heads));
+  return p.head_count * of_head;
 }
 
 void run_forward(AttendParams& p, const Inputs& in, const Tensor& out, const Tensor& lse) {
   const Tensor& q = in.q;
   p.out = strided(out, "out");
   p.lse = lse.mutable_data_ptr();
-  if (p.plan.choices > 0) {
-    GpuLaunch gpu(q);
-    name_inputs(gpu, in);
-    gpu.writes(out, "out");
-    gpu.writes(lse, "lse");
-    return run_by_blocks(gpu, p, q);
-  }
   const ScalarType state = state_type(p.dtype);
   Tensor partial_out, partial_max, partial_sum;
-  if (p.plan.num_partials > 0) {
-    partial_out = torch::stable::new_empty(q, {p.plan.num_partials, p.num_q_heads, p.v_head_dim}, state);
-    partial_max = torch::stable::new_empty(q, {p.plan.num_partials, p.num_q_heads}, state);
-    partial_sum = torch::stable::new_empty(q, {p.plan.num_partials, p.num_q_heads}, state);
+  const bool by_blocks = p.plan.choices > 0, partials = by_blocks || p.plan.num_partials > 0;
+  if (partials) {
+    const int64_t element = static_cast<int64_t>(q.element_size());
+    const int64_t rows = by_blocks ? rows_by_blocks(p, p.v_head_dim * element + 8)
+                                   : int64_t{p.plan.num_partials} * p.num_q_heads;
+    partial_out = torch::stable::new_empty(q, {rows, p.v_head_dim}, by_blocks ? q.scalar_type() : state);
+    partial_max = torch::stable::new_empty(q, {rows}, state);
+    partial_sum = torch::stable::new_empty(q, {rows}, state);
     p.partial_out = partial_out.mutable_data_ptr();
     p.partial_max = partial_max.mutable_data_ptr();
     p.partial_sum = partial_sum.mutable_data_ptr();
@@ -69,7 +53,7 @@ void run_forward(AttendParams& p, const Inputs& in, const Tensor& out, const Ten
     name_inputs(gpu, in);
     gpu.writes(out, "out");
     gpu.writes(lse, "lse");
-    if (p.plan.num_partials > 0) {
+    if (partials) {
       gpu.writes(partial_out, "partial_out");
       gpu.writes(partial_max, "partial_max");
       gpu.writes(partial_sum, "partial_sum");
@@ -193,6 +177,13 @@ Gradients run_backward_gpu(GpuLaunch& gpu, AttendBackwardParams& b, const Inputs
     gpu.writes(sink_rows, "sink_rows");
     gpu.writes(dsinks, "dsinks");
   }
+  Tensor part_dq;
+  if (p.plan.choices > 0) {
+    const int64_t rows = rows_by_blocks(b.forward, p.head_dim * static_cast<int64_t>(sizeof(float)));
+    part_dq = torch::stable::new_empty(q, {rows, p.head_dim}, ScalarType::Float);
+    b.part_dq = part_dq.mutable_data_ptr<float>();
+    gpu.writes(part_dq, "part_dq");
+  }
   const KeyScratch scratch(b, in, gpu);
   gpu.run("attend_backward", b);
   return {dq, dk, dv, dsinks};
@@ -210,8 +201,6 @@ Gradients attend_backward_op(const Tensor& dout_, const std::optional<Tensor>& d
   const Inputs in{
       q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts, item_query}, sinks};
   p = make_params(in, scale, softcap, window);
-  require(in.plan.merge_row.dim() == 1, "merge_row", "[capacity] where gradients are wanted",
-          shape_text(in.plan.merge_row));
   const ScalarType state = state_type(p.dtype);
   check_device(dout_, "dout", q, "q");
   check_device(out, "out", q, "q");

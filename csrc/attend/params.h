@@ -80,8 +80,8 @@ struct AttendParams {
   void* partial_out;        // T [num_partials, Hq, Dv]
   void* partial_max;        // T [num_partials, Hq]: running maximum, log2 units
   void* partial_sum;        // T [num_partials, Hq]: sum of 2^(s - max)
-  // Of a plan by blocks, partial_out is [entries, group, Dv] in the dtype of q, divided by the sums, and like
-  // the others of these KV heads:
+  // Of a plan by blocks, partial_out is [entries, group, Dv] in the dtype of q, divided by the sums. There is
+  // room for the entries of head_count KV heads, from head_begin on: the launcher lets them take turns.
   int32_t head_begin, head_count;
   const void* sinks;        // T [Hq] or null
   const AttendUnit* units;  // [num_units]
@@ -126,6 +126,7 @@ struct AttendBackwardParams {
   void* dsinks;          // T [Nq, Hq] or null: per row
   void* sink_sums;       // T [Hq] or null: their sums; filled on a GPU, by the operator on the CPU
   void* delta;           // T [Nq, Hq]: scratch of a GPU
+  float* part_dq;        // [entries, group, D] of a plan by blocks, as partial_out
   // How a GPU finds dk and dv (key_tiles.h).
   KeyIndex index;
   float* part_dk;     // [slots, Hk, keys of a tile, D]

@@ -3,6 +3,7 @@
 // k, v come into it.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -69,6 +70,31 @@ __device__ __forceinline__ void fill_nan(const Strided& to, int64_t tokens, int 
        row += int64_t{gridDim.x} * kWarps) {
     E* data = static_cast<E*>(to.data) + row / heads * to.token + row % heads * to.head;
     for (int x = lane(); x < width; x += kLanes) data[x] = narrow<E>(NAN);
+  }
+}
+
+// Of a plan by blocks: where in the memory of partial results row `row` of a task lies, and that of a query's
+// i-th choice; -1: there is none.
+__device__ __forceinline__ int64_t first_entry(const AttendParams& p) {
+  return int64_t{p.head_begin} * p.plan.num_queries * p.plan.choices;
+}
+__device__ __forceinline__ int64_t place_of_row(const AttendParams& p, const PlanTask& task, int row) {
+  return (task.partial_begin - first_entry(p)) * (p.num_q_heads / p.num_kv_heads) + row;
+}
+__device__ __forceinline__ int64_t place_of_choice(const AttendParams& p, int64_t query, int head, int i) {
+  if (i >= p.plan.choices) return -1;
+  const int group = p.num_q_heads / p.num_kv_heads;
+  const int64_t entry = p.plan.merge_row[(head / group * int64_t{p.plan.num_queries} + query) * p.plan.choices + i];
+  return entry < 0 ? -1 : (entry - first_entry(p)) * group + head % group;
+}
+
+// f() for all KV heads, head_count of them at a time.
+template <class F>
+void in_turns(AttendParams& p, F f) {
+  const int32_t at_once = p.head_count;
+  for (p.head_begin = 0; p.head_begin < p.num_kv_heads; p.head_begin += at_once) {
+    p.head_count = std::min(at_once, p.num_kv_heads - p.head_begin);
+    f();
   }
 }
 

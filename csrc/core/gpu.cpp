@@ -25,6 +25,25 @@ std::atomic<const gpu::Library*> cuda{nullptr};
 
 bool is_emulator(const gpu::Library& library) { return std::strncmp(library.backend, "emulated", 8) == 0; }
 
+// The stream that torch would use now, as the GPU's own libraries know it. A build for a torch before 2.13, whose
+// stable ABI does not tell, asks libtorch_cuda.so, which is there by then.
+void* current_stream(int32_t device) {
+#if TORCH_FEATURE_VERSION >= ((2ULL << 56) | (13ULL << 48))
+  return torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+#else
+  using Getter = int32_t (*)(int32_t device, void** stream);
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<Getter>(found);
+  }();
+  void* stream = nullptr;
+  if (get == nullptr || get(device, &stream) != 0)
+    throw std::runtime_error("this build of torch does not tell its current stream: use 2.13 or later");
+  return stream;
+#endif
+}
+
 // Names of a backend's kernels, for tests and `python -m palmette env`.
 std::string gpu_kernels(const std::string& backend) {
   const gpu::Library* library = gpu_library(backend);
@@ -120,8 +139,8 @@ void GpuLaunch::launch(const char* kernel, const void* params, size_t params_byt
       return;
     }
     const torch::stable::accelerator::DeviceGuard guard(device_);
-    const auto stream = torch::stable::accelerator::getCurrentStream(device_);
-    k.launch(params, {stream.nativeHandle(), nullptr, 0, 0, device_});
+    void* stream = current_stream(device_);
+    k.launch(params, {stream, nullptr, 0, 0, device_});
     return;
   }
   throw std::runtime_error(std::string("the ") + library_->backend + " backend has no kernel " + kernel);

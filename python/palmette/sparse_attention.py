@@ -362,7 +362,7 @@ def selected_attention(
         )
     queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
     starts = _key_starts("k_starts", k_starts, q, queries)
-    if q.device.type == "cuda" and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+    if q.device.type == "cuda":
         plan = _plan_by_blocks(q, k, block_index, queries, tokens, starts, block_size)
     else:
         plan = _plan_selection(q, k, block_index, queries, tokens, starts, block_size, v.shape[2])
@@ -483,10 +483,10 @@ def _plan_by_blocks(
             segments.append([key[b] + j, length, row[b] + j - (m - n), 1, row[b] + n, j])
     blocks = max(1, len(segments))
     of_query = [torch.full((n,), x) for n, x in zip(begins, first, strict=True)]
-    have = [torch.full((n,), x) for n, x in zip(begins, [*first[1:], len(segments)], strict=True)]
+    have = [torch.full((n,), -(-m // block_size)) for n, m in zip(begins, ends, strict=True)]
     host = {"dtype": torch.int32, "device": "cpu"}
     count = [num_queries, len(segments), 0, 0, 0, 0, 0, block_size, k.shape[0], heads * num_queries * choices]
-    first_block, end_block, segment, counts = on_device(
+    first_block, num_blocks, segment, counts = on_device(
         (
             torch.cat([*of_query, torch.empty(0)]).int()[:, None],
             torch.cat([*have, torch.empty(0)]).int()[:, None],
@@ -495,8 +495,8 @@ def _plan_by_blocks(
         ),
         device,
     )
-    chosen = block_index + first_block
-    chosen = torch.where((block_index >= 0) & (chosen < end_block), chosen, blocks)
+    exists = (block_index >= 0) & (block_index < num_blocks)
+    chosen = torch.where(exists, block_index + first_block, blocks)
     ordered, order = chosen.flatten(1).sort(dim=1, stable=True)
     entries = num_queries * choices  # of a KV head
     number = torch.arange(entries, device=device).expand(heads, -1)
