@@ -79,12 +79,13 @@ def kernels(dtype: torch.dtype, head_dim: int = 0, v_head_dim: int | None = None
     math = "NS0_6ScalarIfEE" if dtype == FP32 else f"NS0_6TensorI{element}EE"
     columns = next(n for n in (64, 128, 256) if v_head_dim <= n)
     narrow = max(head_dim, v_head_dim) <= 64
+    exact = dtype != FP32 and head_dim == v_head_dim and head_dim in (64, 128)
     names = {
-        "attend": f"attend_kernelI{math}Li{columns}E",
+        "attend": f"attend_kernelI{math}Li{columns}ELb{int(exact)}E",
         "attend_merge": f"attend_merge_kernelI{element}E",
         "attend_delta": f"attend_delta_kernelI{element}E",
         "attend_dsinks": "attend_dsinks_kernel",
-        "attend_dq": f"attend_dq_kernelI{math}Li{64 if narrow else 128}E",
+        "attend_dq": f"attend_dq_kernelI{math}Li{64 if narrow else 128}ELb0E",
         "attend_dkv": f"attend_dkv_kernelI{math}Li{64 if narrow or dtype == FP32 else 128}E",
         "attend_dkv_add": f"attend_dkv_add_kernelI{element}E",
         **{name: f"{name}_kernel" for name in SOURCES if name.startswith("attend_index")},

@@ -42,6 +42,7 @@ struct Problem {
   Source<E> q, k, v;
   Logits logits;
   Stages stages;
+  int group;
   int o_stride;       // floats between rows of O in shared memory
   bool out_by_fours;  // four columns of `out` lie at a multiple of their size
 
@@ -87,13 +88,14 @@ __device__ __forceinline__ void careful_values(const Problem<E>& a, const PlanTa
   for_each_key_by_lanes(a.p.plan, task.item_begin, task.item_end, row, a.logits.window, meet);
 }
 
-// Keys that a warp meets at a time: all that it takes of a tile, where the columns of O leave registers for
-// them.
-template <class E, int kColumns, int kRowWarps>
+// Keys that a warp meets at a time: all that it takes of a tile, where the columns of O, and addresses that
+// have to be computed, leave registers for them.
+template <class E, int kColumns, bool kExact, int kRowWarps>
 constexpr int kStep = std::min(kTileKeys<E> / (kWarps / kRowWarps),
-                               kColumns <= 128   ? (sizeof(E) == 4 ? 16 : 64)
-                               : sizeof(E) == 4 ? 8
-                                                 : 16);
+                               (kColumns > 128            ? 16
+                                : kColumns > 64 && !kExact ? 32
+                                                           : 64) /
+                                   (sizeof(E) == 4 ? 2 : 1));
 
 // The rows of a task from `first` on, at most 16 * kRowWarps of them: the warps are divided by rows and, what
 // is left of them, by keys. kExact: q, k and v have kColumns columns.
@@ -104,7 +106,7 @@ struct Rows {
   using Tile = Matrix<E, kChunks>;
   static constexpr int kKeys = kTileKeys<E>, kTiles = kColumns / 8;
   static constexpr int kKeyWarps = kWarps / kRowWarps, kWarpKeys = kKeys / kKeyWarps;
-  static constexpr int kN = kStep<E, kColumns, kRowWarps> / 8;
+  static constexpr int kN = kStep<E, kColumns, kExact, kRowWarps> / 8;
   static constexpr int kValues = kColumns / kLanes;                // of a lane, of a row
   static constexpr int kRowsOfWarp = 16 * kRowWarps / kWarps;      // that it writes
   using Four = Pack<float, 4>;
@@ -113,7 +115,6 @@ struct Rows {
   const AttendParams& p;
   const PlanTask& task;
   const int kv_head, first, count;
-  const RowOf at;
   Shared<E>& shared;
   QueryRow row[2];  // of this thread
   float o[kTiles][4], m[2], l[2];
@@ -126,16 +127,18 @@ struct Rows {
         kv_head(head),
         first(first_row),
         count(rows),
-        at{t.query_begin, problem.p.num_q_heads / problem.p.num_kv_heads,
-           problem.p.plan.choices > 0 ? problem.p.plan.item_query : nullptr},
         shared(gpu::shared<Shared<E>>()) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int r = row_warp() * 16 + fragment_row() + 8 * i;
-      row[i] = r < count ? query_row(p.plan, at.query(first + r)) : QueryRow{-1, INT32_MIN, 0};
+      row[i] = r < count ? query_row(p.plan, at().query(first + r)) : QueryRow{-1, INT32_MIN, 0};
     }
   }
 
+  // Made anew where it is needed: from shared memory and constants.
+  __device__ __forceinline__ RowOf at() const {
+    return {task.query_begin, a.group, p.plan.choices > 0 ? p.plan.item_query : nullptr};
+  }
   __device__ __forceinline__ static int row_warp() { return warp() % kRowWarps; }
   __device__ __forceinline__ static int key_warp() { return warp() / kRowWarps; }
 
@@ -145,9 +148,9 @@ struct Rows {
     m[0] = m[1] = kEmptyMax;
     l[0] = l[1] = 0;
     const auto queries = a.template queries<kChunks>(shared.tiles);
-    copy_query_rows(queries, 16 * kRowWarps, a.q, p.plan, at, first, count, kv_head);
+    copy_query_rows(queries, 16 * kRowWarps, a.q, p.plan, at(), first, count, kv_head);
     ptx::commit_copies();
-    const KeyRange range{task.item_begin, task.item_end, at.query(first), at.query(first + count - 1) + 1,
+    const KeyRange range{task.item_begin, task.item_end, at().query(first), at().query(first + count - 1) + 1,
                          a.logits.window, p.plan.choices > 0};
     for_each_tile<kChunks>(shared.ring, a.after_queries(shared.tiles), a.stages, p.plan, range, a.k, a.v,
                            kv_head, [&](const TileSpan& span, const Key* keys, const Tile& k, const Tile& v) {
@@ -241,7 +244,7 @@ struct Rows {
   // The warps' states meet in shared memory, in the place of the tiles.
   __device__ __forceinline__ void write() {
     float* states = reinterpret_cast<float*>(shared.tiles);
-    const int g = fragment_row(), t = fragment_column();
+    const int here = lane_here(), g = here / 4, t = here % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       l[i] += shuffle_xor(l[i], 1);
@@ -264,12 +267,10 @@ struct Rows {
 
   // Every lane finishes the state of one row; then all of them write one row after the other.
   __device__ __forceinline__ void write_rows(const float* states) {
-    const bool by_blocks = p.plan.choices > 0, direct = task.partial_begin < 0;
+    const bool direct = task.partial_begin < 0;
     float weight[kKeyWarps] = {}, top = kEmptyMax, sum = 0, factor = 1;
     int64_t target = 0;  // of the row in `out` or `partial_out`
-    // Shuffled, the lane's number is news to the compiler, which would compute these addresses before all
-    // tiles and keep them in registers.
-    const int mine = shuffle(lane(), lane());
+    const int mine = lane_here();
     if (mine < kRowsOfWarp && row_of_warp(mine) < count) {
       const int r = row_of_warp(mine);
 #pragma unroll
@@ -280,14 +281,14 @@ struct Rows {
         weight[i] = ptx::ex2(shared.max[w][r % 16] - top);
         sum += shared.sum[w][r % 16] * weight[i];
       }
-      const int32_t query = at.query(first + r);
+      const int32_t query = at().query(first + r);
       if (direct) {
         const int64_t index = p.plan.query_index[query];
         const Finished done = finish(p, head_of(r), top, sum);
         static_cast<float*>(p.lse)[index * p.num_q_heads + head_of(r)] = done.lse;
         factor = done.factor;
         target = index * p.out.token + head_of(r) * p.out.head;
-      } else if (by_blocks) {
+      } else if (p.plan.choices > 0) {
         target = place_of_row(p, task, first + r);
         static_cast<float*>(p.partial_max)[target] = top;
         static_cast<float*>(p.partial_sum)[target] = sum;
@@ -332,8 +333,9 @@ struct Rows {
   // Columns of a row that are not finite, once more.
   __device__ __forceinline__ void write_carefully(const float* states, int r, const float (&w)[kKeyWarps],
                                                   float top, bool direct, int64_t begin, float factor) {
+    group_sync();  // other lanes have written what this one writes again
     float value[kValues];
-    careful_values(a, task, query_row(p.plan, at.query(first + r)), head_of(r), top, value);
+    careful_values(a, task, query_row(p.plan, at().query(first + r)), head_of(r), top, value);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       const int x = lane() + kLanes * i;
@@ -345,9 +347,12 @@ struct Rows {
     }
   }
 
+  // The lane's number, shuffled, so that it is news to the compiler, which would compute addresses of the end
+  // before all tiles and keep them in registers.
+  __device__ __forceinline__ static int lane_here() { return shuffle(lane(), lane()); }
   __device__ __forceinline__ static int row_of_warp(int i) { return warp() * kRowsOfWarp + i; }
   __device__ __forceinline__ int head_of(int r) const {
-    return kv_head * at.group + (first + r) % at.group;
+    return kv_head * a.group + (first + r) % a.group;
   }
   // Columns of row r that the j-th warp of its keys has summed.
   __device__ __forceinline__ const float* state_of(const float* states, int r, int j) const {
@@ -525,6 +530,7 @@ Problem<E> problem_of(const AttendParams& p) {
   a.v = source_of<E>(p.v, p.v_head_dim);
   a.logits = Logits::of(p);
   a.stages = Stages::of<E>(p);
+  a.group = p.num_q_heads / p.num_kv_heads;
   a.o_stride = padded(p.v_head_dim) + 8;
   a.out_by_fours = reinterpret_cast<uintptr_t>(p.out.data) % (4 * sizeof(E)) == 0 && p.out.token % 4 == 0 &&
                    p.out.head % 4 == 0;

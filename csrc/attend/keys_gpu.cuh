@@ -86,8 +86,7 @@ __device__ __forceinline__ bool names(const PlanView& plan, const PlanItem& item
 // every row of the block.
 struct KeyRange {
   int32_t item_begin, item_end, query_begin, query_end;
-  int window;
-  bool all_named;
+  int32_t window, all_named;
 };
 
 // Walks the tiles of a range: each holds keys of one item, across its segments. One group of lanes does that
@@ -141,7 +140,7 @@ class KeyCursor {
       const PlanItem item = upcoming_;
       ++item_;
       look_at_item(plan);
-      if (range_.all_named) {
+      if (range_.all_named != 0) {
         query_begin_ = range_.query_begin;
         query_end_ = range_.query_end;
       } else if (plan.item_query == nullptr) {
@@ -251,10 +250,10 @@ class KeyCursor {
 
   KeyRange range_{};
   int32_t item_ = 0, segment_ = 0, segment_end_ = 0, query_begin_ = 0, query_end_ = 0, first_depth_ = 0;
-  int offset_ = 0;
+  int32_t offset_ = 0;
+  int32_t read_ = -1;  // the segment that current_ is
   uint64_t named_ = ~uint64_t{0};
   PlanItem upcoming_{};
-  int32_t read_ = -1;  // the segment that current_ is
   PlanSegment current_{};
 };
 

@@ -223,7 +223,7 @@ struct Selection {
 };
 
 template <class Math>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     select_blocks_kernel(const __grid_constant__ Problem<typename Math::Element> a) {
   constexpr int kParts = kSelectQueries / kRows;
   const auto kv_head = static_cast<int>(blockIdx.x % a.p.num_kv_heads);
