@@ -4,11 +4,11 @@
     python -m bench.gpu [--kinds tree,sparse] [--suite quick] [--only TEXT] [--flex] [--rounds 30]
 
 Contenders take turns, so that all meet the same clocks, and between two calls more memory is written than the
-L2 cache holds: in a model, the other layers do that. *call* is the median of CUDA events around a call: what a
-stream sees, Python and launches included where the GPU waits for them. *kernels* is the sum of what torch's
-profiler sees of the kernels themselves: what a captured graph would take. *of the bandwidth* is what must move
-at least (K and V that somebody sees once, q, the output), over the time of the kernels, over what a copy moves
-per second in the same run.
+L2 cache holds: in a model, the other layers do that. *call* is the median of CUDA events around a call: what
+a stream sees, Python and launches included where the GPU waits for them. *kernels* is the sum of what torch's
+profiler sees of the kernels themselves: what a captured graph would take. *of the bandwidth* is what must
+move at least (K and V that somebody sees once, q, the output), over the time of the kernels, over what a copy
+moves per second in the same run.
 """
 
 from __future__ import annotations
@@ -207,9 +207,7 @@ def sparse_table(arguments: argparse.Namespace, timer: Timer, device: torch.devi
     rows: list[list[str]] = []
     for tokens in SPARSE_SIZES[suite]:
         for group in SPARSE_GROUPS[suite]:
-            case = SparseCase(
-                "forward", tokens, SPARSE_HEADS, SPARSE_HEADS // group, SPARSE_DIM, dtype=DTYPE
-            )
+            case = SparseCase("forward", tokens, SPARSE_HEADS, SPARSE_HEADS // group, SPARSE_DIM, dtype=DTYPE)
             for backward in (False, True):
                 name = f"{tokens // 1024}k, g = {group}" + (", with gradients" if backward else "")
                 if arguments.only not in name:

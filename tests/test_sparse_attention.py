@@ -12,8 +12,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from palmette import testing
-from palmette.reference import sparse_attention as reference
 from palmette._attend import attend, plan_tensors
+from palmette.reference import sparse_attention as reference
 from palmette.sparse_attention import (
     _plan_by_blocks,
     _plan_selection,
@@ -275,7 +275,7 @@ def test_gradients_equal_the_reference(backend, tokens, queries, group, dtype):
 @pytest.mark.skipif("emulated" not in testing.backends(), reason="the emulator is not there")
 @pytest.mark.parametrize("group", [1, 3, 70])
 def test_a_plan_by_blocks(monkeypatch, group):
-    """Its launches, KV heads that take turns, groups of more rows than a block has, blocks that do not exist."""
+    """Its launches, KV heads in turns, groups of more rows than a block has, blocks that do not exist."""
     case = make([90, 0, 40], q_heads=3 * group, kv_heads=3, dtype=torch.bfloat16)
     index = random_blocks(case, 4)
     index[0, 7] = torch.tensor([0, 1, 90, 2**31 - 1])
@@ -293,6 +293,13 @@ def test_a_plan_by_blocks(monkeypatch, group):
         for a, b, c in zip(got, want, base, strict=True):
             testing.assert_accurate(a, b, c, atol=ATOL[torch.bfloat16])
         of_tiles = gradients(case, selected(valid), *douts)
+        monkeypatch.setenv("PALMETTE_PARTIAL_BYTES", "1")
+        with testing.recorded_launches(lambda launch: names.append(launch.name)):
+            in_turns = by_blocks(case, index)
+        assert names[-6:] == ["attend", "attend_merge_blocks"] * 3
+        assert all(torch.equal(a, b) for a, b in zip(in_turns, got, strict=True))
+        turned = gradients(case, lambda c: by_blocks(c, index), *douts)
+        assert all(torch.equal(a, b) for a, b in zip(turned, of_blocks, strict=True))
     for a, b in zip(of_blocks, of_tiles, strict=True):
         torch.testing.assert_close(a, b, atol=5e-2, rtol=5e-2)
 

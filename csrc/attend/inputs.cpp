@@ -142,7 +142,8 @@ void check_plan(PlanView& p, const PlanTensors& t, int64_t num_rows_q, int64_t n
     }
   }
   for (int64_t i = 0; p.choices > 0 && i < listed; ++i)
-    require(p.merge_row[i] >= -1 && p.merge_row[i] < listed, "merge_row", text("below ", listed), p.merge_row[i]);
+    require(p.merge_row[i] >= -1 && p.merge_row[i] < listed, "merge_row", text("below ", listed),
+            p.merge_row[i]);
   if (partials > 0) {
     for (int64_t i = 0; i < queries; ++i) range(p.merge_ptr[i], p.merge_ptr[i + 1], 0, partials, "merge_ptr");
     for (int64_t i = 0; i < partials; ++i) {

@@ -8,8 +8,8 @@
 //   K, V --cp.async--> shared memory, a stage ahead
 //   Q K^T, dO V^T --multiply_rows--> S, dP in registers -> dS --accumulate_rows--> dQ in registers -> dq
 //
-// In a plan by blocks the 64 rows are those of a task, whose one item is all that they meet; what comes of it is
-// a part of dQ, and attend_dq_add adds up the parts of each row in the order of its choices.
+// In a plan by blocks the 64 rows are those of a task, whose one item is all that they meet; what comes of it
+// is a part of dQ, and attend_dq_add adds up the parts of each row in the order of its choices.
 //
 // Gradients of more than kColumns columns are computed in parts, each of which computes S and dP again. A
 // row whose gradient is not finite is computed once more, key by key, as in the forward pass.
@@ -80,8 +80,7 @@ struct QueryGradient {
     copy_query_rows(dout, kRows, a.dout, p.plan, at, first, count, kv_head);
     ptx::commit_copies();
     const auto walk = [&](const PlanTask& t) {
-      const KeyRange range{t.item_begin, t.item_end,      query_begin,
-                           query_end,    a.logits.window, kByBlocks};
+      const KeyRange range{t.item_begin, t.item_end, query_begin, query_end, a.logits.window, kByBlocks};
       for_each_tile(shared.ring, stages, a.stages, p.plan, range, a.k, a.v, kv_head,
                     [&](const TileSpan& span, const Key* keys, const Matrix<E>& k, const Matrix<E>& v) {
                       meet(q, dout, span, keys, k, v);
@@ -239,7 +238,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (task.kv_head < p.head_begin || task.kv_head >= p.head_begin + p.head_count) return;
 #pragma unroll 1
     for (int from = 0; from < of_task; from += 16 * kWarps) {
-      QueryGradient<Math, kColumns, true>(a, &task, task.kv_head, from, min(16 * kWarps, of_task - from), part)
+      QueryGradient<Math, kColumns, true>(a, &task, task.kv_head, from, min(16 * kWarps, of_task - from),
+                                          part)
           .run();
       __syncthreads();
     }
@@ -292,16 +292,16 @@ void launch_columns(const AttendBackwardParams& b, const LaunchContext& context)
   require_shared(bytes, a.p);
   a.column_parts = (a.p.head_dim + kColumns - 1) / kColumns;
   if (a.p.plan.choices == 0)
-    return launch("attend_dq", &attend_dq_kernel<Math, kColumns, false>, a.blocks(tiles), dim3(kThreads), bytes,
-                  context, a);
+    return launch("attend_dq", &attend_dq_kernel<Math, kColumns, false>, a.blocks(tiles), dim3(kThreads),
+                  bytes, context, a);
   in_turns(a.p, [&] {
     const auto blocks = static_cast<unsigned>(a.p.plan.num_tasks * a.column_parts);
     if (blocks > 0)
-      launch("attend_dq", &attend_dq_kernel<Math, kColumns, true>, dim3(blocks), dim3(kThreads), bytes, context,
-             a);
+      launch("attend_dq", &attend_dq_kernel<Math, kColumns, true>, dim3(blocks), dim3(kThreads), bytes,
+             context, a);
     const int64_t rows = int64_t{a.p.plan.num_queries} * a.p.head_count * a.group;
-    launch("attend_dq_add", &attend_dq_add_kernel<E>, dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps)),
-           dim3(kThreads), 0, context, a);
+    launch("attend_dq_add", &attend_dq_add_kernel<E>,
+           dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps)), dim3(kThreads), 0, context, a);
   });
 }
 

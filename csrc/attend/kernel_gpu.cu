@@ -91,11 +91,10 @@ __device__ __forceinline__ void careful_values(const Problem<E>& a, const PlanTa
 // Keys that a warp meets at a time: all that it takes of a tile, where the columns of O, and addresses that
 // have to be computed, leave registers for them.
 template <class E, int kColumns, bool kExact, int kRowWarps>
-constexpr int kStep = std::min(kTileKeys<E> / (kWarps / kRowWarps),
-                               (kColumns > 128            ? 16
-                                : kColumns > 64 && !kExact ? 32
-                                                           : 64) /
-                                   (sizeof(E) == 4 ? 2 : 1));
+constexpr int kStep = std::min(kTileKeys<E> / (kWarps / kRowWarps), (kColumns > 128             ? 16
+                                                                     : kColumns > 64 && !kExact ? 32
+                                                                                                : 64) /
+                                                                        (sizeof(E) == 4 ? 2 : 1));
 
 // The rows of a task from `first` on, at most 16 * kRowWarps of them: the warps are divided by rows and, what
 // is left of them, by keys. kExact: q, k and v have kColumns columns.
@@ -107,8 +106,8 @@ struct Rows {
   static constexpr int kKeys = kTileKeys<E>, kTiles = kColumns / 8;
   static constexpr int kKeyWarps = kWarps / kRowWarps, kWarpKeys = kKeys / kKeyWarps;
   static constexpr int kN = kStep<E, kColumns, kExact, kRowWarps> / 8;
-  static constexpr int kValues = kColumns / kLanes;                // of a lane, of a row
-  static constexpr int kRowsOfWarp = 16 * kRowWarps / kWarps;      // that it writes
+  static constexpr int kValues = kColumns / kLanes;            // of a lane, of a row
+  static constexpr int kRowsOfWarp = 16 * kRowWarps / kWarps;  // that it writes
   using Four = Pack<float, 4>;
 
   const Problem<E>& a;
@@ -150,8 +149,9 @@ struct Rows {
     const auto queries = a.template queries<kChunks>(shared.tiles);
     copy_query_rows(queries, 16 * kRowWarps, a.q, p.plan, at(), first, count, kv_head);
     ptx::commit_copies();
-    const KeyRange range{task.item_begin, task.item_end, at().query(first), at().query(first + count - 1) + 1,
-                         a.logits.window, p.plan.choices > 0};
+    const KeyRange range{task.item_begin,   task.item_end,
+                         at().query(first), at().query(first + count - 1) + 1,
+                         a.logits.window,   p.plan.choices > 0};
     for_each_tile<kChunks>(shared.ring, a.after_queries(shared.tiles), a.stages, p.plan, range, a.k, a.v,
                            kv_head, [&](const TileSpan& span, const Key* keys, const Tile& k, const Tile& v) {
                              meet(queries, span, keys, k, v);
@@ -165,8 +165,8 @@ struct Rows {
     const int window = a.logits.window;
     const bool named[2] = {row[0].meets(span), row[1].meets(span)};
     if (!any(row[0].sees_some(span, window) | row[1].sees_some(span, window))) return;
-    const bool by_rows = all(row[0].sees_all_or_none(span, window, kKeys) &
-                             row[1].sees_all_or_none(span, window, kKeys));
+    const bool by_rows =
+        all(row[0].sees_all_or_none(span, window, kKeys) & row[1].sees_all_or_none(span, window, kKeys));
     const bool everything = by_rows && all((named[0] | (row[0].query < 0)) & (named[1] | (row[1].query < 0)));
 #pragma unroll 1
     for (int step = 0; step < kWarpKeys; step += 8 * kN) {
@@ -351,9 +351,7 @@ struct Rows {
   // before all tiles and keep them in registers.
   __device__ __forceinline__ static int lane_here() { return shuffle(lane(), lane()); }
   __device__ __forceinline__ static int row_of_warp(int i) { return warp() * kRowsOfWarp + i; }
-  __device__ __forceinline__ int head_of(int r) const {
-    return kv_head * a.group + (first + r) % a.group;
-  }
+  __device__ __forceinline__ int head_of(int r) const { return kv_head * a.group + (first + r) % a.group; }
   // Columns of row r that the j-th warp of its keys has summed.
   __device__ __forceinline__ const float* state_of(const float* states, int r, int j) const {
     return states + ((r / 16 + kRowWarps * j) * 16 + r % 16) * a.o_stride;
@@ -472,7 +470,8 @@ __global__ void __launch_bounds__(kThreads) attend_merge_kernel(const __grid_con
 
 // The second pass of a plan by blocks: as above, of entries that merge_row names.
 template <class E>
-__global__ void __launch_bounds__(kThreads) attend_merge_blocks_kernel(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(kThreads)
+    attend_merge_blocks_kernel(const __grid_constant__ AttendParams p) {
   const int group = p.num_q_heads / p.num_kv_heads, heads = p.head_count * group;
   const int64_t index = int64_t{blockIdx.x} * kWarps + warp(), query = index / heads;
   if (query >= p.plan.num_queries || !plan_fits(p)) return;
@@ -568,8 +567,8 @@ void launch_attend(const AttendParams& p, const LaunchContext& context) {
   if (p.plan.choices > 0) {
     in_turns(a.p, [&] {
       if (p.plan.num_tasks > 0)
-        launch("attend", kernel, dim3(static_cast<unsigned>(p.plan.num_tasks)), dim3(kThreads), bytes, context,
-               a);
+        launch("attend", kernel, dim3(static_cast<unsigned>(p.plan.num_tasks)), dim3(kThreads), bytes,
+               context, a);
       const int64_t merged = groups / p.num_kv_heads * a.p.head_count;
       if (merged > 0)
         launch("attend_merge_blocks", &attend_merge_blocks_kernel<E>,

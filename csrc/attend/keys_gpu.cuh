@@ -31,7 +31,8 @@ struct alignas(16) TileSpan {
   int32_t run;
 };
 
-// A row of queries, and what it can see. Conditions are joined by & and |: all are cheap, and a branch is not.
+// A row of queries, and what it can see. Conditions are joined by & and |: all are cheap, and a branch is
+// not.
 struct QueryRow {
   int32_t query, pos, depth;  // query -1: there is no such row
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -19,15 +20,18 @@ namespace palmette {
 namespace {
 
 // Partial states of a plan by blocks may take so much memory, or what one KV head needs.
-constexpr int64_t kPartialBytes = int64_t{1} << 30;
+int64_t partial_bytes() {
+  const char* given = std::getenv("PALMETTE_PARTIAL_BYTES");
+  const int64_t bytes = given == nullptr ? 0 : std::strtoll(given, nullptr, 10);
+  return bytes > 0 ? bytes : int64_t{1} << 30;
+}
 
 // Partial states of a plan by blocks and one KV head: rows that each have `bytes`. Returns how many there are
 // where KV heads take turns, so many of them at a time as p.head_count now says.
 int64_t rows_by_blocks(AttendParams& p, int64_t bytes) {
-  const int64_t of_head =
-      int64_t{p.plan.num_queries} * p.plan.choices * (p.num_q_heads / p.num_kv_heads);
+  const int64_t of_head = int64_t{p.plan.num_queries} * p.plan.choices * (p.num_q_heads / p.num_kv_heads);
   p.head_count = static_cast<int32_t>(
-      std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(1, of_head * bytes), 1, p.num_kv_heads));
+      std::clamp<int64_t>(partial_bytes() / std::max<int64_t>(1, of_head * bytes), 1, p.num_kv_heads));
   return p.head_count * of_head;
 }
 

@@ -19,7 +19,8 @@ struct PlanSegment {  // keys slots[begin .. begin + length); key i is seen from
 struct PlanItem {
   int32_t segment_begin, segment_end, query_begin, query_end;
 };
-// In a plan by blocks (PlanView::choices), queries item_query[query_begin .. query_end), one item, partial states.
+// In a plan by blocks (PlanView::choices), queries item_query[query_begin .. query_end), one item, partial
+// states.
 struct PlanTask {  // items [item_begin, item_end) update the states of queries [query_begin, query_end)
   int32_t item_begin, item_end, query_begin, query_end, partial_begin, kv_head;
 };
@@ -74,12 +75,12 @@ struct Strided {  // [tokens, heads, channels], channels contiguous; strides in 
 
 struct AttendParams {
   PlanView plan;
-  Strided q, k, v;          // [Nq, Hq, D], [slots, Hk, D], [slots, Hk, Dv]
-  Strided out;              // [Nq, Hq, Dv]
-  void* lse;                // T [Nq, Hq]
-  void* partial_out;        // T [num_partials, Hq, Dv]
-  void* partial_max;        // T [num_partials, Hq]: running maximum, log2 units
-  void* partial_sum;        // T [num_partials, Hq]: sum of 2^(s - max)
+  Strided q, k, v;    // [Nq, Hq, D], [slots, Hk, D], [slots, Hk, Dv]
+  Strided out;        // [Nq, Hq, Dv]
+  void* lse;          // T [Nq, Hq]
+  void* partial_out;  // T [num_partials, Hq, Dv]
+  void* partial_max;  // T [num_partials, Hq]: running maximum, log2 units
+  void* partial_sum;  // T [num_partials, Hq]: sum of 2^(s - max)
   // Of a plan by blocks, partial_out is [entries, group, Dv] in the dtype of q, divided by the sums. There is
   // room for the entries of head_count KV heads, from head_begin on: the launcher lets them take turns.
   int32_t head_begin, head_count;

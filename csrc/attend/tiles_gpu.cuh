@@ -84,7 +84,8 @@ __device__ __forceinline__ int64_t place_of_row(const AttendParams& p, const Pla
 __device__ __forceinline__ int64_t place_of_choice(const AttendParams& p, int64_t query, int head, int i) {
   if (i >= p.plan.choices) return -1;
   const int group = p.num_q_heads / p.num_kv_heads;
-  const int64_t entry = p.plan.merge_row[(head / group * int64_t{p.plan.num_queries} + query) * p.plan.choices + i];
+  const int64_t entry =
+      p.plan.merge_row[(head / group * int64_t{p.plan.num_queries} + query) * p.plan.choices + i];
   return entry < 0 ? -1 : (entry - first_entry(p)) * group + head % group;
 }
 

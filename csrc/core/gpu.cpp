@@ -25,8 +25,8 @@ std::atomic<const gpu::Library*> cuda{nullptr};
 
 bool is_emulator(const gpu::Library& library) { return std::strncmp(library.backend, "emulated", 8) == 0; }
 
-// The stream that torch would use now, as the GPU's own libraries know it. A build for a torch before 2.13, whose
-// stable ABI does not tell, asks libtorch_cuda.so, which is there by then.
+// The stream that torch would use now, as the GPU's own libraries know it. A build for a torch before 2.13,
+// whose stable ABI does not tell, asks libtorch_cuda.so, which is there by then.
 void* current_stream(int32_t device) {
 #if TORCH_FEATURE_VERSION >= ((2ULL << 56) | (13ULL << 48))
   return torch::stable::accelerator::getCurrentStream(device).nativeHandle();

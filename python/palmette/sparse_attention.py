@@ -466,43 +466,28 @@ def _plan_by_blocks(
 ) -> tuple[Tensor, ...]:
     """The nine tables of a plan in FSA's order: a task is a key block and queries that chose it.
 
-    Made by a sort where block_index is, and nothing is waited for. Blocks that a sequence does not have count as
-    none. csrc/attend/params.h says what is different in such a plan.
+    Made by a sort where block_index is, and nothing is waited for. Blocks that a sequence does not have count
+    as none. csrc/attend/params.h says what is different in such a plan.
     """
     heads, num_queries, choices = block_index.shape
     device, group = block_index.device, q.shape[1] // heads
-    begins, ends = _lengths(queries), _lengths(tokens)
-    key = list(itertools.accumulate(ends, initial=0)) if starts is None else starts.tolist()
-    row = list(itertools.accumulate(begins, initial=0))
-    segments: list[list[int]] = []
-    first: list[int] = []
-    for b, (n, m) in enumerate(zip(begins, ends, strict=True)):
-        first.append(len(segments))
-        for j in range(0, m, block_size):
-            length = min(block_size, m - j)
-            segments.append([key[b] + j, length, row[b] + j - (m - n), 1, row[b] + n, j])
-    blocks = max(1, len(segments))
-    of_query = [torch.full((n,), x) for n, x in zip(begins, first, strict=True)]
-    have = [torch.full((n,), -(-m // block_size)) for n, m in zip(begins, ends, strict=True)]
-    host = {"dtype": torch.int32, "device": "cpu"}
-    count = [num_queries, len(segments), 0, 0, 0, 0, 0, block_size, k.shape[0], heads * num_queries * choices]
-    first_block, num_blocks, segment, counts = on_device(
-        (
-            torch.cat([*of_query, torch.empty(0)]).int()[:, None],
-            torch.cat([*have, torch.empty(0)]).int()[:, None],
-            torch.tensor(segments or [[0] * 6], **host),
-            torch.tensor(count + [0] * (16 - len(count)), **host),
-        ),
-        device,
-    )
+    entries = num_queries * choices  # of a KV head
+    segment, first_block, num_blocks = _blocks_of_sequences(queries, tokens, starts, block_size)
+    blocks = max(1, segment.shape[0])
+    counts = torch.zeros(16, dtype=torch.int32)  # csrc/attend/params.h, PlanCount
+    counts[0], counts[1], counts[7], counts[8] = num_queries, segment.shape[0], block_size, k.shape[0]
+    counts[9] = heads * entries
+    host = (segment, first_block[:, None], num_blocks[:, None], counts)
+    segment, first_block, num_blocks, counts = on_device(host, device)
     exists = (block_index >= 0) & (block_index < num_blocks)
     chosen = torch.where(exists, block_index + first_block, blocks)
     ordered, order = chosen.flatten(1).sort(dim=1, stable=True)
-    entries = num_queries * choices  # of a KV head
     number = torch.arange(entries, device=device).expand(heads, -1)
     base = torch.arange(heads, device=device)[:, None] * entries
     place = torch.empty_like(order).scatter_(1, order, number + base).view_as(chosen)
-    edges = torch.searchsorted(ordered, torch.arange(blocks + 1, dtype=torch.int32, device=device).repeat(heads, 1))
+    edges = torch.searchsorted(
+        ordered, torch.arange(blocks + 1, dtype=torch.int32, device=device).repeat(heads, 1)
+    )
     most = max(1, _TILE_ROWS_GPU // group)
     parts = (edges.diff(dim=1) + most - 1) // most
     part_end = parts.flatten().cumsum(0)
@@ -527,6 +512,28 @@ def _plan_by_blocks(
         (order // choices).flatten(),
     )
     return tuple(table.int() for table in tables)
+
+
+def _blocks_of_sequences(
+    queries: Tensor, tokens: Tensor, starts: Tensor | None, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """int32 segments [blocks, 6]; per query, of its sequence the first block and the number of blocks."""
+    asked, have = _lengths(queries), _lengths(tokens)
+    row = [0, *itertools.accumulate(asked)]
+    key = [0, *itertools.accumulate(have)] if starts is None else starts.tolist()
+    segments: list[list[int]] = []
+    first: list[int] = []
+    for b, (n, m) in enumerate(zip(asked, have, strict=True)):
+        first.append(len(segments))
+        for j in range(0, m, block_size):
+            seen_from = row[b] + j - (m - n)
+            segments.append([key[b] + j, min(block_size, m - j), seen_from, 1, row[b] + n, j])
+    times = torch.tensor(asked)
+    return (
+        torch.tensor(segments, dtype=torch.int32).view(-1, 6),
+        torch.tensor(first, dtype=torch.int32).repeat_interleave(times),
+        torch.tensor([-(-m // block_size) for m in have], dtype=torch.int32).repeat_interleave(times),
+    )
 
 
 def _heads_first(x: Tensor) -> Tensor:

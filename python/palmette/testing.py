@@ -89,10 +89,9 @@ def backend(name: str) -> Iterator[None]:
         torch.ops.palmette._set_backend(previous)
 
 
-# Arguments whose values an operator checks before a kernel runs: always, or (the others) where they are on the CPU.
-_HOST_ARGUMENTS = frozenset(
-    "nodes tree_counts draft_tokens src_slots dst_slots q_indptr cmp_indptr token_indptr key_start".split()
-)
+# Arguments whose values an operator checks before a kernel runs: always, or where they are on the CPU.
+_HOST_ARGUMENTS = {"nodes", "tree_counts", "draft_tokens", "src_slots", "dst_slots"}
+_HOST_ARGUMENTS |= {"q_indptr", "cmp_indptr", "token_indptr", "key_start"}
 
 
 class _OperatorsOn(TorchDispatchMode):
@@ -124,7 +123,8 @@ class _OperatorsOn(TorchDispatchMode):
         copies: dict[int, torch.Tensor] = {}  # bytes there, by the address here
 
         def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload,no-any-return]
+            empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            return empty.set_(tensor.untyped_storage())
 
         def there(tensor: torch.Tensor) -> torch.Tensor:
             address = tensor.untyped_storage().data_ptr()
@@ -132,7 +132,7 @@ class _OperatorsOn(TorchDispatchMode):
                 copies[address] = bytes_of(tensor).to(self.device, copy=True)
             copy = torch.empty(0, dtype=tensor.dtype, device=self.device)
             place = (tensor.storage_offset(), tensor.size(), tensor.stride())
-            return copy.set_(copies[address].untyped_storage(), *place)  # type: ignore[call-overload,no-any-return]
+            return copy.set_(copies[address].untyped_storage(), *place)
 
         moved = {
             key: value if key in _HOST_ARGUMENTS else tree_map_only(torch.Tensor, there, value)
