@@ -15,6 +15,8 @@
 // With more than 32 rows every warp takes 16 of them and all keys of a tile; with fewer, two or four warps
 // share the rows and divide the keys, and their states are merged at the end.
 //
+// By blocks, K and V of a task stay where they are while its rows come and go, 64 at a time.
+//
 // A weight of exactly 0 contributes nothing, even times inf or NaN. The products cannot say that, so where V
 // has made columns of a row inf or NaN, those are computed once more, key by key (careful_values). Finite
 // results pay for a comparison.
@@ -43,6 +45,7 @@ struct Problem {
   Logits logits;
   Stages stages;
   int group;
+  int states_offset;  // of O in the tiles: 0, over them, or, by blocks, behind those that stay
   int o_stride;       // floats between rows of O in shared memory
   bool out_by_fours;  // four columns of `out` lie at a multiple of their size
 
@@ -149,13 +152,20 @@ struct Rows {
     const auto queries = a.template queries<kChunks>(shared.tiles);
     copy_query_rows(queries, 16 * kRowWarps, a.q, p.plan, at(), first, count, kv_head);
     ptx::commit_copies();
-    const KeyRange range{task.item_begin,   task.item_end,
-                         at().query(first), at().query(first + count - 1) + 1,
-                         a.logits.window,   p.plan.choices > 0};
-    for_each_tile<kChunks>(shared.ring, a.after_queries(shared.tiles), a.stages, p.plan, range, a.k, a.v,
-                           kv_head, [&](const TileSpan& span, const Key* keys, const Tile& k, const Tile& v) {
-                             meet(queries, span, keys, k, v);
-                           });
+    const bool by_blocks = p.plan.choices > 0;  // all rows of a task are named then
+    const KeyRange range{task.item_begin,
+                         task.item_end,
+                         by_blocks ? 0 : at().query(first),
+                         by_blocks ? INT32_MAX : at().query(first + count - 1) + 1,
+                         a.logits.window,
+                         by_blocks};
+    const bool keep = first > 0 && a.states_offset > 0 && p.plan.counts[kMaxItemKeys] <= kKeys;
+    for_each_tile<kChunks>(
+        shared.ring, a.after_queries(shared.tiles), a.stages, p.plan, range, a.k, a.v, kv_head,
+        [&](const TileSpan& span, const Key* keys, const Tile& k, const Tile& v) {
+          meet(queries, span, keys, k, v);
+        },
+        keep);
     write();
   }
 
@@ -243,7 +253,7 @@ struct Rows {
 
   // The warps' states meet in shared memory, in the place of the tiles.
   __device__ __forceinline__ void write() {
-    float* states = reinterpret_cast<float*>(shared.tiles);
+    float* states = reinterpret_cast<float*>(shared.tiles + a.states_offset);
     const int here = lane_here(), g = here / 4, t = here % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -536,14 +546,21 @@ Problem<E> problem_of(const AttendParams& p) {
   return a;
 }
 
-// Two stages where they fit; returns the bytes of shared memory.
+// Two stages where they fit; by blocks one, and a place for O behind it. Returns the bytes of shared memory.
 template <class E>
 size_t choose_stages(Problem<E>& a) {
+  const size_t queries = kMaxRows * static_cast<size_t>(a.stages.k.chunks) * kChunkBytes;
+  const size_t states = kMaxRows * sizeof(float) * static_cast<size_t>(a.o_stride);
+  if (a.p.plan.choices > 0) {
+    a.stages.count = 1;
+    const size_t tiles = queries + static_cast<size_t>(a.stages.stage_offset);
+    a.states_offset = static_cast<int>(tiles);
+    if (const size_t bytes = sizeof(Shared<E>) + tiles + states; bytes <= shared_limit()) return bytes;
+    a.states_offset = 0;
+  }
   size_t bytes = 0;
   for (int& count = a.stages.count; count > 0; --count) {
-    const size_t queries = kMaxRows * static_cast<size_t>(a.stages.k.chunks) * kChunkBytes;
     const size_t tiles = queries + static_cast<size_t>(count * a.stages.stage_offset);
-    const size_t states = kMaxRows * sizeof(float) * static_cast<size_t>(a.o_stride);
     bytes = sizeof(Shared<E>) + std::max(tiles, states);
     if (bytes <= shared_limit()) return bytes;
   }

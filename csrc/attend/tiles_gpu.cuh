@@ -126,11 +126,12 @@ struct Stages {
 // Brings the tiles of a range into shared memory, one after the other, and calls meet(span, keys, K, V) for
 // each, by all threads. With two stages, K and V of a tile are copied while the one before is met; the first
 // warp looks up the keys of a tile one tile before that. Copies that were committed before have arrived when
-// the first tile has. kChunks: of rows of K and V, where it is known when compiling.
+// the first tile has. kChunks: of rows of K and V, where it is known when compiling. `keep`: there is one
+// stage, and the call before has left the only tile of the range in it.
 template <int kChunks = 0, class E, class Meet>
 __device__ __forceinline__ void for_each_tile(KeyRing<E>& ring, unsigned char* memory, const Stages& stages,
                                               const PlanView& plan, const KeyRange& range, const Source<E>& k,
-                                              const Source<E>& v, int kv_head, Meet meet) {
+                                              const Source<E>& v, int kv_head, Meet meet, bool keep = false) {
   constexpr int kKeys = kTileKeys<E>;
   using Cursor = KeyCursor<kKeys>;
   // Tile n uses ring slot n % (stages + 1) and stage n % stages.
@@ -175,7 +176,7 @@ __device__ __forceinline__ void for_each_tile(KeyRing<E>& ring, unsigned char* m
   const auto next = [](int i, int count) { return i + 1 == count ? 0 : i + 1; };
 
   int32_t place[Cursor::kOfLane];
-  if (warp() == 0) {
+  if (warp() == 0 && !keep) {
     const Cursor cursor(plan, range);
     if (lane() == 0) ring.cursor = cursor;
     for (int i = 0; i < stages.count; ++i) {
@@ -188,7 +189,7 @@ __device__ __forceinline__ void for_each_tile(KeyRing<E>& ring, unsigned char* m
 #pragma unroll 1
   for (int slot = 0, stage = 0; ring.span[slot].count > 0;
        slot = next(slot, slots), stage = next(stage, stages.count)) {
-    if (!ahead) fetch(slot, stage);
+    if (!ahead && !keep) fetch(slot, stage);
     ptx::wait_for_copies<0>();
     __syncthreads();  // everyone has left the tile before; this one is there, and the next one's keys
     const int following = next(slot, slots), free = next(following, slots);  // of the tile before

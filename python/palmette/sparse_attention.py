@@ -37,6 +37,7 @@ _ops = torch.ops.palmette
 _ROWS_PER_BLOCK = 64
 _TILE_BYTES = 2 << 20
 _TILE_ROWS_GPU = 64
+_TASK_ROWS_GPU = 512  # by blocks: rows that share one fetch of K and V
 # On a CPU: K and V are laid out head by head first where every key is read so often at least.
 _READS_OF_A_COPY = 8
 
@@ -488,7 +489,7 @@ def _plan_by_blocks(
     edges = torch.searchsorted(
         ordered, torch.arange(blocks + 1, dtype=torch.int32, device=device).repeat(heads, 1)
     )
-    most = max(1, _TILE_ROWS_GPU // group)
+    most = max(1, _TASK_ROWS_GPU // group)
     parts = (edges.diff(dim=1) + most - 1) // most
     part_end = parts.flatten().cumsum(0)
     capacity = heads * (entries // most + min(blocks, entries))
