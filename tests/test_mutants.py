@@ -40,7 +40,7 @@ WANTED = {
     "swizzle": {"index"},
     "copy_rows": {"index", "mask"},
     "multiply_rows": {"index"},
-    "accumulate_rows": {"index"},
+    "accumulate_rows": {"index", "mask"},
 }
 
 
