@@ -184,7 +184,9 @@ def instance(tile: Tile) -> str:
     math = "Scalar<float>" if tile.dtype == torch.float32 else "Tensor<bf16>"
     widest = {"attend": 256, "attend_dq": 128}.get(tile.kernel, 64 if tile.dtype == torch.float32 else 128)
     columns = min(widest, next(n for n in (64, 128, 256) if tile.head_dim <= n))
-    return f"{tile.kernel}_kernel<{math}, {columns}>"
+    exact = tile.dtype != torch.float32 and tile.head_dim in (64, 128)
+    more = {"attend": f", {str(exact).lower()}", "attend_dq": ", false"}.get(tile.kernel, "")
+    return f"{tile.kernel}_kernel<{math}, {columns}{more}>"
 
 
 def occupancy_table(found: list[Tile], of: dict[tuple[str, str], int]) -> str:

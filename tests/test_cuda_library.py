@@ -77,5 +77,5 @@ def test_cubins():
     if done.returncode == 2:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
-    for name in ("`attend_kernel<Tensor<bf16>, 128>`", "`attend_dkv_kernel<Scalar<float>, 64>`"):
+    for name in ("`attend_kernel<Tensor<bf16>, 128, true>`", "`attend_dkv_kernel<Scalar<float>, 64>`"):
         assert name in done.stdout

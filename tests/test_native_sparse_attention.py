@@ -123,7 +123,8 @@ def test_a_batch_is_its_sequences():
     got = module(x)
     assert got.shape == x.shape
     for a, b in zip(got, x, strict=True):
-        assert torch.equal(a, module(b))
+        # not equal: torch's sigmoid of the gates rounds the end of a tensor otherwise on some processors
+        torch.testing.assert_close(a, module(b), rtol=1e-6, atol=1e-7)
     ends = torch.tensor([0, 100, 200, 300])
     assert torch.equal(module(x.flatten(0, 1), ends), got.flatten(0, 1))
 

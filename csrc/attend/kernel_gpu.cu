@@ -270,7 +270,11 @@ struct Rows {
               make_float2(o[n][2 * i], o[n][2 * i + 1]));
       }
     }
-    __syncthreads();
+    if (kKeyWarps == 1) {  // a warp writes the rows that it has summed
+      group_sync();
+    } else {
+      __syncthreads();
+    }
     write_rows(states);
     __syncthreads();  // the next rows use the same memory
   }
