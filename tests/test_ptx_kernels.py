@@ -413,8 +413,10 @@ def test_no_defect_in_attend_escapes():
     # and no copy is left when the last tile has been met (two mutations of a wait). The next test needs both.
     seen = defects(launch, choose, [*ptx.MUTATIONS, IGNORED_SOURCE_SIZE], most=4, equivalent=2 * 3)
     assert seen >= OF_MATRICES | {IGNORED_SOURCE_SIZE.name}
-    # Behind the last rows of a block there is nothing to wait for.
-    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=1)
+    # Behind the last rows of a block there is nothing to wait for. Behind the 64 before them there is: their
+    # states lie where the next copies of Q go, but a copy that arrives when it is waited for, as here, finds
+    # everyone past a barrier by then. (The check build sees it: a copy is on its way from the start.)
+    defects(launch, choose, [MISSING_SYNCTHREADS], ORDERS, most=99, equivalent=2)
 
 
 def hand_made(items: list[list[int]], segments: list[list[int]], tasks: int) -> list[torch.Tensor]:
