@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from palmette import sparse_attention, testing
+from palmette import testing
 
 from bench.pages import table, write_between
 from bench.sparse_cases import BLOCK, TOPK, SparseCase, make_selection, shared_blocks
@@ -26,7 +26,7 @@ PROGRAM = "python -m bench.gpu_sparse"
 GROUPS = (1, 2, 4, 8)
 SELECTIONS = ("random", "real-like")
 DTYPE = torch.bfloat16
-WARP_ROWS = 16
+TILE_ROWS, WARP_ROWS = 64, 16
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Traffic:
 
 
 def ours(case: SparseCase, index: torch.Tensor) -> Traffic:
-    """Of ``selected_attention`` on a GPU, of the first KV head."""
+    """Of a plan by tiles on a GPU, of the first KV head."""
     group, tokens = case.group_size, case.tokens
-    plan = gpu_plan(index[:1], tokens, group)
+    plan = tile_plan(index[:1], tokens, group)
     item, task, counts, listed = plan[3].long(), plan[4].long(), plan[7], plan[8].long()
     item, task, listed = item[: counts[2]], task[: counts[3]], listed[: counts[9]]
     keys = plan[2].long()[item[:, 0], 1]
@@ -70,10 +70,10 @@ def ours(case: SparseCase, index: torch.Tensor) -> Traffic:
     )
 
 
-def gpu_plan(index: torch.Tensor, tokens: int, group: int) -> tuple[torch.Tensor, ...]:
-    """The plan that a GPU gets, made here."""
+def tile_plan(index: torch.Tensor, tokens: int, group: int) -> tuple[torch.Tensor, ...]:
+    """Tiles of so many queries as a block of a GPU has rows for."""
     ends = torch.tensor([0, tokens], dtype=torch.int32)
-    most = max(1, sparse_attention._TILE_ROWS_GPU // group)
+    most = max(1, TILE_ROWS // group)
     blocks = tokens // BLOCK + 1
     plan: tuple[torch.Tensor, ...] = torch.ops.palmette.plan_selection(
         index, ends, ends, tokens, BLOCK, most, most, blocks, index.numel(), tokens // most + 1, None
@@ -100,7 +100,7 @@ def counted_equals_formula(group: int, tokens: int = 1536) -> bool:
     k, v = (torch.randn(case.tokens, 1, 16).to(DTYPE) for _ in range(2))
     with testing.backend("emulated_check"), torch.no_grad():
         torch.ops.palmette.attend(
-            q, k, v, *(plan := gpu_plan(index, case.tokens, group))[:8], None, 0.25, 0.0, 0, plan[8]
+            q, k, v, *(plan := tile_plan(index, case.tokens, group))[:8], None, 0.25, 0.0, 0, plan[8]
         )
     counted = testing.traffic("k").read + testing.traffic("v").read
     wanted = ours(case, index).kv_bytes * case.tokens * group * 16

@@ -10,10 +10,11 @@ namespace palmette {
 
 namespace {
 
-void check_table(const Tensor& t, const char* name, const Tensor& q, const char* shape, int64_t columns) {
+void check_table(const Tensor& t, const char* name, const Tensor& q, const char* shape, int64_t columns,
+                 int64_t dims = 0) {
   check_device(t, name, q, "q");
   check_dtype(t, name, {ScalarType::Int});
-  check_dim(t, name, shape, columns > 0 ? 2 : 1);
+  check_dim(t, name, shape, dims > 0 ? dims : columns > 0 ? 2 : 1);
   check_contiguous(t, name);
   if (columns > 0) require(t.size(1) == columns, name, shape, shape_text(t));
 }
@@ -26,16 +27,12 @@ PlanView view_tables(const PlanTensors& t, const Tensor& q) {
   check_table(t.task, "task", q, "[capacity, 6]", 6);
   check_table(t.merge_ptr, "merge_ptr", q, "[capacity]", 0);
   const bool by_blocks = t.merge_row.dim() == 3;
+  check_table(t.merge_row, "merge_row", q, "[capacity]", 0, by_blocks ? 3 : 1);
   if (by_blocks) {
-    check_device(t.merge_row, "merge_row", q, "q");
-    check_dtype(t.merge_row, "merge_row", {ScalarType::Int});
-    check_contiguous(t.merge_row, "merge_row");
     require(t.merge_row.size(1) == q.size(0) && t.merge_row.size(2) > 0 && t.item_query.has_value() &&
                 t.item_query->numel() == t.merge_row.numel(),
             "merge_row", text("[Hk, ", q.size(0), ", n] with as many entries as item_query"),
             shape_text(t.merge_row));
-  } else {
-    check_table(t.merge_row, "merge_row", q, "[capacity]", 0);
   }
   check_table(t.counts, "counts", q, "[16]", 0);
   check_device(t.query, "query", q, "q");

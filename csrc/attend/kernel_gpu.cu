@@ -302,15 +302,13 @@ struct Rows {
         static_cast<float*>(p.lse)[index * p.num_q_heads + head_of(r)] = done.lse;
         factor = done.factor;
         target = index * p.out.token + head_of(r) * p.out.head;
-      } else if (p.plan.choices > 0) {
-        target = place_of_row(p, task, first + r);
-        static_cast<float*>(p.partial_max)[target] = top;
-        static_cast<float*>(p.partial_sum)[target] = sum;
-        target *= p.v_head_dim;
-        factor = sum == 0 ? 0.0f : 1.0f / sum;
       } else {
         const int64_t row = int64_t{task.partial_begin} + query - task.query_begin;
         target = row * p.num_q_heads + head_of(r);
+        if (p.plan.choices > 0) {
+          target = place_of_row(p, task, first + r);
+          factor = sum == 0 ? 0.0f : 1.0f / sum;
+        }
         static_cast<float*>(p.partial_max)[target] = top;
         static_cast<float*>(p.partial_sum)[target] = sum;
         target *= p.v_head_dim;
@@ -429,98 +427,46 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Second pass: a group of lanes merges the partial states of one head of a query in the order of the plan, 32
-// of them at a time: each lane fetches the maximum and the sum of one, and its columns of all.
-template <class E>
-__global__ void __launch_bounds__(kThreads) attend_merge_kernel(const __grid_constant__ AttendParams p) {
-  const int64_t index = int64_t{blockIdx.x} * kWarps + warp();
-  const int64_t query = index / p.num_q_heads, head = index % p.num_q_heads;
-  if (query >= p.plan.num_queries || !plan_fits(p) || p.plan.counts[kNumPartials] == 0) return;
-  const int32_t begin = p.plan.merge_ptr[query], end = p.plan.merge_ptr[query + 1];
-  if (begin == end) return;
+// Second pass: a group of lanes merges `count` partial states of one head of a query in order, 32 of them at
+// a time: each lane fetches the maximum and the sum of one, and its columns of all. place(i) is where the
+// i-th lies, -1 where there is none, behind the last one too. kDivided: their results, of type Part, have
+// been divided by their sums.
+template <class E, class Part, bool kDivided, class Place>
+__device__ __forceinline__ void merge_partials(const AttendParams& p, int64_t query, int head, int count,
+                                               Place place) {
   const auto* part_max = static_cast<const float*>(p.partial_max);
   const auto* part_sum = static_cast<const float*>(p.partial_sum);
-  const auto* part_out = static_cast<const float*>(p.partial_out);
+  const auto* part_out = static_cast<const Part*>(p.partial_out);
   constexpr int kColumns = 4;  // of a lane at a time
-  float top = kEmptyMax, sum = 0;
-  for (int32_t i = begin + lane(); i < end; i += kLanes)
-    top = fmaxf(top, part_max[p.plan.merge_row[i] * int64_t{p.num_q_heads} + head]);
-  top = group_max(top);
-  const int64_t row = p.plan.query_index[query];
-  E* out = static_cast<E*>(p.out.data) + row * p.out.token + head * p.out.head;
-  for (int first = 0; first < p.v_head_dim; first += kColumns * kLanes) {
-    float value[kColumns] = {};
-    sum = 0;
-    for (int32_t base = begin; base < end; base += kLanes) {
-      int64_t mine = 0;
-      float weight = 0;
-      if (base + lane() < end) {
-        mine = p.plan.merge_row[base + lane()] * int64_t{p.num_q_heads} + head;
-        weight = part_sum[mine] == 0 ? 0.0f : ptx::ex2(part_max[mine] - top);
-        sum += part_sum[mine] * weight;
-      }
-      const int count = min(end - base, kLanes);
-#pragma unroll 4
-      for (int i = 0; i < count; ++i) {
-        const float w = shuffle(weight, i);
-        const float* from = part_out + shuffle(mine, i) * p.v_head_dim + first;
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          const int x = lane() + kLanes * c;
-          const float part = first + x < p.v_head_dim ? from[x] : 0.0f;
-          value[c] = w == 0 ? value[c] : fmaf(part, w, value[c]);  // whatever a row of no weight holds
-        }
-      }
-    }
-    const Finished done = finish(p, static_cast<int>(head), top, group_sum(sum));
-    if (lane() == 0 && first == 0) static_cast<float*>(p.lse)[row * p.num_q_heads + head] = done.lse;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const int x = first + lane() + kLanes * c;
-      if (x < p.v_head_dim) out[x] = narrow<E>(value[c] * done.factor);
-    }
-  }
-}
-
-// The second pass of a plan by blocks: as above, of entries that merge_row names.
-template <class E>
-__global__ void __launch_bounds__(kThreads)
-    attend_merge_blocks_kernel(const __grid_constant__ AttendParams p) {
-  const int group = p.num_q_heads / p.num_kv_heads, heads = p.head_count * group;
-  const int64_t index = int64_t{blockIdx.x} * kWarps + warp(), query = index / heads;
-  if (query >= p.plan.num_queries || !plan_fits(p)) return;
-  const int head = p.head_begin * group + static_cast<int>(index % heads);
-  const auto* part_max = static_cast<const float*>(p.partial_max);
-  const auto* part_sum = static_cast<const float*>(p.partial_sum);
-  const auto place = [&](int i) { return place_of_choice(p, query, head, i); };
   float top = kEmptyMax;
-  for (int i = lane(); i < p.plan.choices; i += kLanes) {
+  for (int i = lane(); i < count; i += kLanes) {
     const int64_t at = place(i);
     if (at >= 0) top = fmaxf(top, part_max[at]);
   }
   top = group_max(top);
   const int64_t row = p.plan.query_index[query];
   E* out = static_cast<E*>(p.out.data) + row * p.out.token + head * p.out.head;
-  constexpr int kColumns = 4;  // of a lane at a time
   for (int first = 0; first < p.v_head_dim; first += kColumns * kLanes) {
     float value[kColumns] = {}, sum = 0;
-    for (int base = 0; base < p.plan.choices; base += kLanes) {
+    for (int base = 0; base < count; base += kLanes) {
       const int64_t mine = place(base + lane());
-      // partial results are divided by their sums
-      const float weight =
-          mine < 0 || part_sum[mine] == 0 ? 0.0f : part_sum[mine] * ptx::ex2(part_max[mine] - top);
-      sum += weight;
-      const int count = min(p.plan.choices - base, kLanes);
+      float weight = 0;
+      if (mine >= 0 && part_sum[mine] != 0) {
+        const float factor = ptx::ex2(part_max[mine] - top), share = part_sum[mine] * factor;
+        sum += share;
+        weight = kDivided ? share : factor;
+      }
+      const int together = min(count - base, kLanes);
 #pragma unroll 4
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i < together; ++i) {
         const float w = shuffle(weight, i);
         const int64_t at = shuffle(mine, i);
-        if (w == 0) continue;
-        const E* from = static_cast<const E*>(p.partial_out) + at * p.v_head_dim + first;
+        const Part* from = part_out + at * p.v_head_dim + first;
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           const int x = lane() + kLanes * c;
-          if (first + x < p.v_head_dim) value[c] = fmaf(widen(from[x]), w, value[c]);
+          const float part = at >= 0 && first + x < p.v_head_dim ? widen(from[x]) : 0.0f;
+          value[c] = w == 0 ? value[c] : fmaf(part, w, value[c]);  // whatever a row of no weight holds
         }
       }
     }
@@ -532,6 +478,32 @@ __global__ void __launch_bounds__(kThreads)
       if (x < p.v_head_dim) out[x] = narrow<E>(value[c] * done.factor);
     }
   }
+}
+
+// States that merge_ptr and merge_row name, in float.
+template <class E>
+__global__ void __launch_bounds__(kThreads) attend_merge_kernel(const __grid_constant__ AttendParams p) {
+  const int64_t index = int64_t{blockIdx.x} * kWarps + warp();
+  const int64_t query = index / p.num_q_heads, head = index % p.num_q_heads;
+  if (query >= p.plan.num_queries || !plan_fits(p) || p.plan.counts[kNumPartials] == 0) return;
+  const int32_t begin = p.plan.merge_ptr[query], end = p.plan.merge_ptr[query + 1];
+  if (begin == end) return;
+  const auto place = [&](int i) -> int64_t {
+    return begin + i < end ? p.plan.merge_row[begin + i] * int64_t{p.num_q_heads} + head : -1;
+  };
+  merge_partials<E, float, false>(p, query, static_cast<int>(head), end - begin, place);
+}
+
+// Those of a plan by blocks.
+template <class E>
+__global__ void __launch_bounds__(kThreads)
+    attend_merge_blocks_kernel(const __grid_constant__ AttendParams p) {
+  const int group = p.num_q_heads / p.num_kv_heads, heads = p.head_count * group;
+  const int64_t index = int64_t{blockIdx.x} * kWarps + warp(), query = index / heads;
+  if (query >= p.plan.num_queries || !plan_fits(p)) return;
+  const int head = p.head_begin * group + static_cast<int>(index % heads);
+  const auto place = [&](int i) { return place_of_choice(p, query, head, i); };
+  merge_partials<E, E, true>(p, query, head, p.plan.choices, place);
 }
 
 template <class E>

@@ -32,12 +32,11 @@ from palmette._varlen import packed_ends, plan_sequences
 _ops = torch.ops.palmette
 
 # On a CPU: rows of q (queries and heads) that a block of keys should meet at once, and the bytes that q and
-# out of a tile of queries may take, a share of the last cache (docs/performance.md, "Sparse attention"). On a
-# GPU: rows of a tile.
+# out of a tile of queries may take, a share of the last cache (docs/performance.md, "Sparse attention").
 _ROWS_PER_BLOCK = 64
 _TILE_BYTES = 2 << 20
-_TILE_ROWS_GPU = 64
-_TASK_ROWS_GPU = 512  # by blocks: rows that share one fetch of K and V
+# On a GPU: rows that share one fetch of a block's K and V.
+_TASK_ROWS_GPU = 512
 # On a CPU: K and V are laid out head by head first where every key is read so often at least.
 _READS_OF_A_COPY = 8
 
@@ -350,7 +349,7 @@ def selected_attention(
         ValueError: inputs do not fit each other, or block_index is not as described.
 
     Source: NSA (arXiv 2502.11089), section 3.3.2; FSA (arXiv 2508.18224), section 3, for the order of the
-        loops, here within tiles of queries.
+        loops, here within tiles of queries on a CPU.
     """
     check_inputs(q, k, v)
     check_at_least(1, block_size=block_size)
@@ -421,15 +420,12 @@ def _plan_selection(
     block_size: int,
     v_head_dim: int,
 ) -> tuple[Tensor, ...]:
-    """The nine tables of a plan for chosen blocks, on the device of q."""
+    """The nine tables of a plan for chosen blocks, of a CPU: in tiles of queries."""
     heads, num_queries, slots = block_index.shape
     num_keys, sequences = k.shape[0], queries.shape[0] - 1
-    least = most = _TILE_ROWS_GPU
-    if q.device.type == "cpu":
-        least, most = _ROWS_PER_BLOCK, _TILE_BYTES // (4 * (q.shape[2] + v_head_dim))
     group = q.shape[1] // heads
-    least = max(1, least // group)
-    most = max(least, most // group)
+    least = max(1, _ROWS_PER_BLOCK // group)
+    most = max(least, _TILE_BYTES // (4 * (q.shape[2] + v_head_dim)) // group)
     blocks = num_keys // block_size + 1
     segments = num_keys // block_size + sequences
     if starts is not None:  # sequences may share rows, and rows be nobody's
@@ -453,7 +449,7 @@ def _plan_selection(
         (num_queries // least + sequences) * heads,
         starts,
     )
-    return on_device(plan, q.device)
+    return plan
 
 
 def _plan_by_blocks(
@@ -467,11 +463,12 @@ def _plan_by_blocks(
 ) -> tuple[Tensor, ...]:
     """The nine tables of a plan in FSA's order: a task is a key block and queries that chose it.
 
-    Made by a sort where block_index is, and nothing is waited for. Blocks that a sequence does not have count
+    Made by a sort on the device of q, and nothing is waited for. Blocks that a sequence does not have count
     as none. csrc/attend/params.h says what is different in such a plan.
     """
     heads, num_queries, choices = block_index.shape
-    device, group = block_index.device, q.shape[1] // heads
+    device, group = q.device, q.shape[1] // heads
+    block_index = block_index.detach().to(device)
     entries = num_queries * choices  # of a KV head
     segment, first_block, num_blocks = _blocks_of_sequences(queries, tokens, starts, block_size)
     blocks = max(1, segment.shape[0])
