@@ -328,8 +328,8 @@ def _forward(suite: str) -> list[SparseCase]:
 def _training(suite: str) -> list[SparseCase]:
     lengths = {
         "quick": (2048, 4096),
-        "default": (2048, 4096, 8192, 16384),
-        "full": (2048, 4096, 8192, 16384, 32768),
+        "default": (2048, 4096, 8192, 16384, 32768, 65536),
+        "full": (2048, 4096, 8192, 16384, 32768, 65536),
     }[suite]
     return [SparseCase("training", tokens) for tokens in lengths]
 

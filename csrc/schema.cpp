@@ -70,6 +70,12 @@ STABLE_TORCH_LIBRARY(palmette, m) {
       "select_blocks(Tensor q, Tensor k_cmp, Tensor lse, Tensor q_indptr, Tensor cmp_indptr, "
       "Tensor token_indptr, int kernel_size, int kernel_stride, int block_size, int topk, int init_blocks, "
       "int local_blocks, float scale, Tensor? key_start=None) -> Tensor block_index");
+  m.def(
+      "sparse_branches(Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor k_win, "
+      "Tensor v_win, Tensor gates, Tensor q_indptr, Tensor cmp_indptr, Tensor token_indptr, int kernel_size, "
+      "int kernel_stride, int block_size, int topk, int init_blocks, int local_blocks, int window, "
+      "float scale, int min_tile_queries, int max_tile_queries, Tensor? cmp_start=None, "
+      "Tensor? slc_start=None, Tensor? win_start=None) -> Tensor out");
 
   // verify: token trees against the target's logits or probabilities, and what follows in the KV cache
   m.def("verify_extent(Tensor nodes, Tensor tree_counts) -> Tensor");

@@ -10,7 +10,9 @@ import pytest
 import torch
 from palmette import testing
 from palmette.nn import NativeSparseAttention, RotaryEmbedding, SparseKVCache
+from palmette.nn import sparse_attention as sparse_module
 from palmette.reference import sparse_attention as reference
+from palmette.sparse_attention import attend_branches
 from torch import Tensor, nn
 
 SMALL = {
@@ -31,6 +33,10 @@ def make(dtype: torch.dtype = torch.float32, **options) -> NativeSparseAttention
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return module.requires_grad_(True)
+
+
+def indptr(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 class MeanAndMax(nn.Module):
@@ -231,6 +237,103 @@ def test_scale():
         assert not torch.allclose(module(x), other(x))
         other.proj_q.weight.mul_(0.25 / 0.7)
         torch.testing.assert_close(module(x), other(x), rtol=1e-4, atol=1e-5)
+
+
+# ---- few queries: one operator for all branches
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_few_queries_in_one_call(backend, monkeypatch, options, dtype):
+    """What the branches give one by one: short sequences, in which all blocks are chosen, and long ones."""
+    module = make(dtype, **options)
+    for lengths in ([150, 9, 0], [30, 9, 0]):
+        x = torch.randn(sum(lengths), 32, dtype=dtype)
+        more = torch.randn(4, 32, dtype=dtype)
+        caches = SparseKVCache(), SparseKVCache()
+        results = []
+        for cache, most in zip(caches, (64, 0), strict=True):
+            module(x, indptr(lengths), cache)
+            calls = []
+            monkeypatch.setattr(sparse_module, "FEW_QUERIES", most)
+            monkeypatch.setattr(
+                sparse_module,
+                "attend_branches",
+                lambda *a, _calls=calls, **b: _calls.append(1) or attend_branches(*a, **b),
+            )
+            results.append(module(more, indptr([2, 1, 1]), cache))
+            assert len(calls) == (1 if most else 0)
+        assert module.report.selection == ("blocks" if lengths[0] == 150 else "dense")
+        size = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}[dtype]
+        torch.testing.assert_close(*results, rtol=size, atol=size)
+
+
+def branches(**change):
+    keys = torch.ones(80, 2, 8), torch.ones(80, 2, 8)
+    arguments = {
+        "q": torch.ones(2, 4, 8),
+        "compressed": (torch.ones(9, 2, 8), torch.ones(9, 2, 8)),
+        "selected": keys,
+        "window": keys,
+        "gates": torch.ones(2, 3, 1),
+        "cu_seqlens": indptr([2]),
+        "cu_seqlens_cmp": indptr([9]),
+        "cu_seqlens_k": indptr([80]),
+        "kernel_size": 16,
+        "kernel_stride": 8,
+        "block_size": 16,
+        "topk": 3,
+        "init_blocks": 1,
+        "local_blocks": 1,
+        "window_size": 20,
+        "scale": None,
+    }
+    return arguments | change
+
+
+def test_gradients_of_the_one_call():
+    keys = torch.ones(80, 2, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^k_slc must not need a gradient, got one that does$"):
+        attend_branches(**branches(selected=(keys, keys)))
+
+
+def test_gradients_do_without_the_one_call(monkeypatch):
+    monkeypatch.setattr(sparse_module, "attend_branches", None)
+    module = make()
+    x = torch.randn(40, 32)
+    module(x).sum().backward()
+    assert module.proj_q.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gates": torch.ones(2, 3, 3)}, r"^gates must be \[2, 3, 4 or 1\], got \[2, 3, 3\]$"),
+        ({"gates": torch.ones(2, 3, 1).double()}, r"^gates must be float32, got float64$"),
+        (
+            {"window": (torch.ones(80, 1, 8), torch.ones(80, 1, 8))},
+            r"^k_win must be of k_cmp's 2 heads, got 1$",
+        ),
+        (
+            {"selected": (torch.ones(80, 2, 8), torch.ones(80, 2, 9))},
+            r"^v_slc and v_win must be of v_cmp's head",
+        ),
+        ({"window_size": 0}, r"^window must be at least 1, got 0$"),
+        ({"topk": 0}, r"^topk and block_size must be at least 1, got 0 and 16$"),
+        ({"cu_seqlens": indptr([3])}, r"^q_indptr must be 2 \(rows of q\) at its end, got 3$"),
+        ({"scale": float("nan")}, r"^scale must be a number in"),
+        (
+            {"starts": (torch.tensor([5]), None, None)},
+            r"^k_starts or cmp_starts must be such that sequence 0",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_branches(change, message):
+    assert attend_branches(**branches()).shape == (2, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        attend_branches(**branches(**change))
 
 
 # ---- checkpoints

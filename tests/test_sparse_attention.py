@@ -430,10 +430,12 @@ def test_starts_of_no_sequence():
 
 
 @pytest.mark.skipif("emulated_check" not in testing.backends(), reason="the check build is not there")
-def test_gpu_kernel_reads_k_and_v_once_per_tile_and_block():
+@pytest.mark.parametrize("order", ["by blocks", "by tiles"])
+def test_gpu_kernel_moves_the_bytes_of_its_formula(order):
+    """K and V once per task and block, q and partial results once per choice."""
     from bench.gpu_sparse import counted_equals_formula
 
-    assert counted_equals_formula(4, tokens=300)
+    assert counted_equals_formula(4, order, tokens=300)
 
 
 AMD = {"warp_size": 64, "shared_limit": 64 << 10}
@@ -955,7 +957,19 @@ def plan_arguments() -> list[tuple[object, ...]]:
     ]
 
 
-OPCHECK_CASES = {"select_blocks": selection_arguments, "plan_selection": plan_arguments}
+def branches_arguments() -> list[tuple[object, ...]]:
+    q, k_cmp, _, queries, keys, tokens, *sizes, scale = selection_arguments()[0]
+    k = torch.randn(int(tokens[-1]), *k_cmp.shape[1:], dtype=q.dtype)
+    gates = torch.rand(len(q), 3, q.shape[1], dtype=q.dtype)
+    pairs = k_cmp, k_cmp, k, k, k, k
+    return [(q, *pairs, gates, queries, keys, tokens, *sizes, 20, scale, 8, 64, None, None, None)]
+
+
+OPCHECK_CASES = {
+    "select_blocks": selection_arguments,
+    "plan_selection": plan_arguments,
+    "sparse_branches": branches_arguments,
+}
 
 
 def test_compiles(backend):

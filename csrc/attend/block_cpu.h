@@ -181,8 +181,14 @@ __attribute__((noinline)) void attend_block(const KeyTile& t, const TileView<typ
   alignas(64) T correction[W];
   for (int u = 0; u < B::NU; ++u) {
     const V old = S::load(st.m + u * N);
-    V top = old;
-    for (int i = 0; i < n; ++i) top = S::max(top, S::load(s + i * W + u * N));
+    V top = old, more[4] = {old, old, old, old};  // one maximum alone would wait for itself at every key
+    int k4 = 0;
+    for (; k4 + 4 <= n; k4 += 4) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) more[j] = S::max(more[j], S::load(s + (k4 + j) * W + u * N));
+    }
+    for (; k4 < n; ++k4) top = S::max(top, S::load(s + k4 * W + u * N));
+    top = S::max(S::max(S::max(top, more[0]), S::max(more[1], more[2])), more[3]);
     const V c = S::exp2(old - top);
     S::store(correction + u * N, c);
     S::store(st.m + u * N, top);

@@ -132,6 +132,16 @@ struct Forward {
   }
 
   // ---- item
+  template <int W>
+  static std::pair<int32_t, int32_t> range(const Int* x) {
+    Int low = x[0], high = x[0];
+    for (int i = 0; i < W; ++i) {
+      low = x[i] < low ? x[i] : low;
+      high = x[i] > high ? x[i] : high;
+    }
+    return {static_cast<int32_t>(low), static_cast<int32_t>(high)};
+  }
+
   int make_blocks(const PlanTask& task, const PlanItem& item, int32_t& min_query_depth) {
     const int rows = (item.query_end - item.query_begin) * group;
     ItemRow* row_of_item = item_rows;
@@ -145,17 +155,15 @@ struct Forward {
     for_each_block<S>(rows, [&](auto shape, int row, int n) {
       using B = decltype(shape);
       Block& b = blocks[count++];
-      b = {shape_code<B>(), row, n, lane, q_at, o_at, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
+      Int *pos = pos_lanes + lane, *depth = depth_lanes + lane;
       for (int i = 0; i < B::kWidth; ++i) {
         const int32_t j = item_rows[row + (i / B::P < n ? i / B::P : 0)].query;
-        const int32_t pos = p.plan.query_pos[j], depth = p.plan.query_depth[j];
-        pos_lanes[lane + i] = pos;
-        depth_lanes[lane + i] = depth;
-        b.min_pos = pos < b.min_pos ? pos : b.min_pos;
-        b.max_pos = pos > b.max_pos ? pos : b.max_pos;
-        b.min_depth = depth < b.min_depth ? depth : b.min_depth;
-        b.max_depth = depth > b.max_depth ? depth : b.max_depth;
+        pos[i] = p.plan.query_pos[j];
+        depth[i] = p.plan.query_depth[j];
       }
+      const auto [min_pos, max_pos] = range<B::kWidth>(pos);
+      const auto [min_depth, max_depth] = range<B::kWidth>(depth);
+      b = {shape_code<B>(), row, n, lane, q_at, o_at, min_pos, max_pos, min_depth, max_depth};
       min_query_depth = b.min_depth < min_query_depth ? b.min_depth : min_query_depth;
       lane += B::kWidth;
       q_at += B::steps(p.head_dim) * B::kWidth;

@@ -12,6 +12,7 @@
 
 #include "attend/inputs.h"
 #include "attend/key_tiles.h"
+#include "attend/op.h"
 #include "attend/units.h"
 #include "core/backend.h"
 
@@ -81,6 +82,8 @@ void run_forward(AttendParams& p, const Inputs& in, const Tensor& out, const Ten
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> attend_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
                                      const Tensor& query, const Tensor& segment, const Tensor& item,
                                      const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row,
@@ -95,6 +98,8 @@ std::tuple<Tensor, Tensor> attend_op(const Tensor& q, const Tensor& k, const Ten
   run_forward(p, in, out, lse);
   return {out, lse};
 }
+
+namespace {
 
 void attend_out_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
                    const Tensor& query, const Tensor& segment, const Tensor& item, const Tensor& task,

@@ -21,6 +21,7 @@
 
 #include "attend/params.h"
 #include "plan/error.h"
+#include "plan/ops.h"
 #include "plan/tensors.h"
 
 namespace palmette {
@@ -34,7 +35,7 @@ struct Selection {
 
 // One sequence of a packed batch.
 struct Sequence {
-  int32_t query, num_queries, key, num_keys, first_segment;
+  int32_t query, num_queries, key, num_keys;
 
   int32_t num_blocks(int64_t size) const { return static_cast<int32_t>((num_keys + size - 1) / size); }
   int32_t last_key(int32_t row) const { return num_keys - num_queries + row - query; }  // that it sees
@@ -55,9 +56,8 @@ class SelectionPlanner {
     for (int64_t b = 0; b + 1 < q_indptr.size; ++b) {
       const Sequence sequence{static_cast<int32_t>(q_indptr[b]),
                               static_cast<int32_t>(q_indptr[b + 1] - q_indptr[b]), key_start(kv_indptr, b),
-                              static_cast<int32_t>(kv_indptr[b + 1] - kv_indptr[b]),
-                              static_cast<int32_t>(segment.size())};
-      add_blocks(sequence, static_cast<int32_t>(s.block_size));
+                              static_cast<int32_t>(kv_indptr[b + 1] - kv_indptr[b])};
+      segment_of_.assign(static_cast<size_t>(sequence.num_blocks(s.block_size)), -1);
       // So many queries that a block meets min_tile of them, were choices spread evenly. By sequence: what
       // one is packed with does not change its result.
       const int64_t wanted =
@@ -74,30 +74,38 @@ class SelectionPlanner {
   }
 
  private:
-  void add_blocks(const Sequence& q, int32_t size) {
-    for (int32_t key = 0; key < q.num_keys; key += size) {
+  // The segment of a block, made when the first task asks: a step of decoding chooses few of many blocks.
+  int32_t segment_of(const Sequence& q, int32_t block, int32_t size) {
+    int32_t& known = segment_of_[static_cast<size_t>(block)];
+    if (known < 0) {
+      known = static_cast<int32_t>(segment.size());
+      const int32_t key = block * size;
       segment.push_back({q.key + key, std::min(size, q.num_keys - key),
                          q.query + key - (q.num_keys - q.num_queries), 1, q.query + q.num_queries, key});
     }
+    return known;
   }
 
   // f(query, block) for the blocks that queries [begin, end) chose and see something of.
-  template <class F>
-  void for_each_choice(const Selection& s, const Sequence& q, int32_t begin, int32_t end, int32_t head,
-                       F f) const {
+  template <bool kCheck, class F>
+  static void for_each_choice(const Selection& s, const Sequence& q, int32_t begin, int32_t end, int32_t head,
+                              F f) {
     const int32_t blocks = q.num_blocks(s.block_size);
     for (int32_t j = begin; j < end; ++j) {
       const int32_t* chosen = s.block + (head * s.queries + j) * s.slots;
-      const int32_t last = q.last_key(j);
+      const int32_t key = q.last_key(j);
+      const int32_t last = key < 0 ? -1 : static_cast<int32_t>(key / s.block_size);  // block that it sees
       int32_t before = -1;
       for (int64_t i = 0; i < s.slots; ++i) {
         const int32_t block = chosen[i];
         if (block == -1) continue;
-        check(block > before && block < blocks, "block_index must be ascending within [0, ", blocks,
-              ") in every row (-1: no block), got ", block, " after ", before, " for query ", j,
-              " and KV head ", head);
-        before = block;
-        if (block * s.block_size <= last) f(j, block);
+        if constexpr (kCheck) {
+          check(block > before && block < blocks, "block_index must be ascending within [0, ", blocks,
+                ") in every row (-1: no block), got ", block, " after ", before, " for query ", j,
+                " and KV head ", head);
+          before = block;
+        }
+        if (block <= last) f(j, block);
       }
     }
   }
@@ -105,32 +113,36 @@ class SelectionPlanner {
   void add_task(const Selection& s, const Sequence& q, int32_t begin, int32_t end, int32_t head) {
     const int32_t blocks = q.num_blocks(s.block_size);
     place_.assign(static_cast<size_t>(blocks), 0);
-    for_each_choice(s, q, begin, end, head, [&](int32_t, int32_t block) { ++place_[block]; });
+    int32_t* place = place_.data();
+    for_each_choice<true>(s, q, begin, end, head, [=](int32_t, int32_t block) { ++place[block]; });
     const auto first_item = static_cast<int32_t>(item.size());
+    auto at = static_cast<int32_t>(item_query.size());
     for (int32_t block = 0; block < blocks; ++block) {
-      const int32_t count = place_[block];
+      const int32_t count = place[block];
       if (count == 0) continue;
-      const auto at = static_cast<int32_t>(item_query.size());
-      place_[block] = at;
-      item_query.resize(item_query.size() + static_cast<size_t>(count));
-      item.push_back({q.first_segment + block, q.first_segment + block + 1, at, at + count});
+      place[block] = at;
+      const int32_t first = segment_of(q, block, static_cast<int32_t>(s.block_size));
+      item.push_back({first, first + 1, at, at + count});
+      at += count;
     }
-    for_each_choice(s, q, begin, end, head,
-                    [&](int32_t j, int32_t block) { item_query[place_[block]++] = j; });
+    item_query.resize(static_cast<size_t>(at));
+    int32_t* listed = item_query.data();
+    for_each_choice<false>(s, q, begin, end, head,
+                           [=](int32_t j, int32_t block) { listed[place[block]++] = j; });
     task.push_back({first_item, static_cast<int32_t>(item.size()), begin, end, -1, head});
     max_task_queries = std::max(max_task_queries, end - begin);
   }
 
-  std::vector<int32_t> place_;  // by block: how many queries chose it, then where the next one goes
+  std::vector<int32_t> segment_of_;  // by block of the sequence at work, -1: none yet
+  std::vector<int32_t> place_;       // by block: how many queries chose it, then where the next one goes
 };
 
-using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-// Capacities come from the caller, as in plan_varlen. Returns what that does, and item_query.
-PlanTensors plan_selection(const Tensor& block_index, const Tensor& q_indptr, const Tensor& kv_indptr,
-                           int64_t num_keys, int64_t block_size, int64_t min_tile_queries,
-                           int64_t max_tile_queries, int64_t segment_capacity, int64_t item_capacity,
-                           int64_t task_capacity, const std::optional<Tensor>& key_start) {
+SelectionTables plan_selection(const Tensor& block_index, const Tensor& q_indptr, const Tensor& kv_indptr,
+                               int64_t num_keys, int64_t block_size, int64_t min_tile_queries,
+                               int64_t max_tile_queries, int64_t segment_capacity, int64_t item_capacity,
+                               int64_t task_capacity, const std::optional<Tensor>& key_start) {
   check_cpu(block_index, "block_index");
   check_dtype(block_index, "block_index", {ScalarType::Int});
   check_dim(block_index, "block_index", "[Hk, Nq, n]", 3);
@@ -153,7 +165,8 @@ PlanTensors plan_selection(const Tensor& block_index, const Tensor& q_indptr, co
                block_index.size(2), block_size},
               q, kv, key_starts(key_start, "k_starts", kv, num_keys), static_cast<int32_t>(min_tile_queries),
               static_cast<int32_t>(max_tile_queries));
-  const auto needed = [](int64_t count, int64_t capacity, const char* name) {
+  const auto needed = [](int64_t count, int64_t& capacity, const char* name) {
+    if (capacity < 0) capacity = count;
     check(count <= capacity, name, " must be at least ", count, ", got ", capacity);
   };
   const auto segments = static_cast<int64_t>(planner.segment.size()),
@@ -197,8 +210,6 @@ PlanTensors plan_selection(const Tensor& block_index, const Tensor& q_indptr, co
   count[kNumItemQueries] = static_cast<int32_t>(listed);
   return {slots, query, segment, item, task, merge_ptr, merge_row, counts, item_query};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(palmette, CompositeExplicitAutograd, m) {
   m.impl("plan_selection", TORCH_BOX(&plan_selection));

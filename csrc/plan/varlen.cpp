@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "plan/error.h"
+#include "plan/ops.h"
 #include "plan/partition.h"
 #include "plan/tensors.h"
 
@@ -161,14 +162,13 @@ class VarlenPlanner {
   Plan plan_;
 };
 
-using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-// The capacities come from the caller, so that the sizes of the tables follow from shapes alone.
-PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool causal, int64_t num_queries,
-                        int64_t num_keys, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
-                        const std::string& target, int64_t item_capacity, int64_t partial_capacity,
-                        const std::optional<Tensor>& token_indptr, int64_t key_size, int64_t key_stride,
-                        int64_t window, const std::optional<Tensor>& key_start) {
+PlanTables plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool causal, int64_t num_queries,
+                       int64_t num_keys, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim,
+                       const std::string& target, int64_t item_capacity, int64_t partial_capacity,
+                       const std::optional<Tensor>& token_indptr, int64_t key_size, int64_t key_stride,
+                       int64_t window, const std::optional<Tensor>& key_start) {
   check(num_kv_heads > 0, "num_kv_heads must be at least 1, got ", num_kv_heads);
   check(num_q_heads > 0 && num_q_heads % num_kv_heads == 0,
         "num_q_heads must be a multiple of num_kv_heads (", num_kv_heads, "), got ", num_q_heads);
@@ -203,6 +203,8 @@ PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool ca
   const auto num_segments = static_cast<int64_t>(plan.segment.size()),
              num_items = static_cast<int64_t>(plan.item.size()),
              num_tasks = static_cast<int64_t>(plan.task.size());
+  if (item_capacity < 0) item_capacity = std::max({num_items, num_tasks, (num_segments + 1) / 2});
+  if (partial_capacity < 0) partial_capacity = plan.num_partials;
   check(num_items <= item_capacity && num_tasks <= item_capacity && num_segments <= 2 * item_capacity,
         "item_capacity must be at least ", std::max({num_items, num_tasks, (num_segments + 1) / 2}), ", got ",
         item_capacity);
@@ -237,8 +239,6 @@ PlanTensors plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool ca
   count[kNumSlots] = static_cast<int32_t>(num_keys);
   return {slots, query, segment, item, task, merge_ptr, merge_row, counts};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(palmette, CompositeExplicitAutograd, m) {
   m.impl("plan_varlen", TORCH_BOX(&plan_varlen));

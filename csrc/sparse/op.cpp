@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // select_blocks: checks, and the tiles of queries.
-#include "sparse/params.h"
+#include "sparse/op.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +14,7 @@
 #include "attend/inputs.h"
 #include "core/backend.h"
 #include "plan/tensors.h"
+#include "sparse/params.h"
 
 namespace palmette {
 
@@ -43,6 +44,8 @@ void check_key_counts(const IntArray& keys, const IntArray& tokens, int64_t size
           " tokens has ", wanted, " compressed keys, got ", keys[b + 1] - keys[b]);
   }
 }
+
+}  // namespace
 
 Tensor select_blocks_op(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, const Tensor& q_indptr,
                         const Tensor& cmp_indptr, const Tensor& token_indptr, int64_t kernel_size,
@@ -128,8 +131,6 @@ Tensor select_blocks_op(const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
   });
   return block_index;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(palmette, CPU, m) { m.impl("select_blocks", TORCH_BOX(&select_blocks_op)); }
 STABLE_TORCH_LIBRARY_IMPL(palmette, CUDA, m) { m.impl("select_blocks", TORCH_BOX(&select_blocks_op)); }

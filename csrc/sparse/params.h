@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The contract between csrc/sparse/op.cpp and the kernels. T is the arithmetic type: float, or double for
-// float64 (scalar body only).
+// The contract between csrc/sparse/op.cpp, branches_op.cpp and the kernels. T is the arithmetic type: float,
+// or double for float64 (scalar body only).
 #pragma once
 
 #include <cstdint>
@@ -35,9 +35,20 @@ struct SelectParams {
   int64_t scratch_bytes;  // per worker
 };
 
+// out = sum_i gates[i] part[i], all contiguous and of dtype.
+struct MixParams {
+  const void* part[3];  // [Nq, Hq, Dv]
+  const void* gates;    // [Nq, 3, gate_heads]: one per head, or one for all
+  int64_t num_queries, num_heads, gate_heads, head_dim;
+  DType dtype;
+  void* out;  // [Nq, Hq, Dv]
+};
+
 template <Isa isa>
 int64_t select_scratch_bytes(const SelectParams& p);
 template <Isa isa>
 void select_blocks(const SelectParams& p);
+template <Isa isa>
+void mix_branches(const MixParams& p);
 
 }  // namespace palmette

@@ -25,7 +25,7 @@ def plan_tensors(tables: Sequence[Tensor]) -> PlanTensors:
 
 
 _MAX_WINDOW = 2**31 - 1  # no path is longer
-_MAX_SCALE = 1e30  # beyond it float32 overflows
+MAX_SCALE = 1e30  # beyond it float32 overflows
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,8 +73,8 @@ def attend(
     """
     if scale is None:
         scale = q.shape[2] ** -0.5
-    check_number("scale", scale, -_MAX_SCALE, _MAX_SCALE)
-    check_number("softcap", softcap, 0, _MAX_SCALE)
+    check_number("scale", scale, -MAX_SCALE, MAX_SCALE)
+    check_number("softcap", softcap, 0, MAX_SCALE)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be an integer of at least 1, got {window!r}")
     keys = 0 if window is None or window > _MAX_WINDOW else window

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _FREE_PARTIAL_BYTES = 640 << 10
 
 def packed_ends(lengths: list[int]) -> Tensor:
     """Where sequences of these lengths begin, and where the last one ends: int32 [B + 1]."""
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def plan_varlen(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from palmette import _library
-from palmette._attend import attend, check_inputs, plan_tensors, state_dtype
+from palmette._attend import MAX_SCALE, attend, check_inputs, plan_tensors, state_dtype
 from palmette._checks import (
     FLOATING,
     INDEX,
@@ -24,6 +24,7 @@ from palmette._checks import (
     check_dim,
     check_dtype,
     check_indptr,
+    check_number,
     check_shape,
 )
 from palmette._device import on_device
@@ -407,7 +408,83 @@ def sliding_window_attention(
     return (out, lse) if return_lse else out
 
 
+# One call instead of six up to so many queries: how decoding asks. With more, calling no longer counts.
+FEW_QUERIES = 64
+
+
+def attend_branches(
+    q: Tensor,
+    compressed: tuple[Tensor, Tensor],
+    selected: tuple[Tensor, Tensor],
+    window: tuple[Tensor, Tensor],
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_cmp: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    window_size: int,
+    scale: float | None,
+    starts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> Tensor:
+    """The gated sum of all three branches in one operator: for few queries, without gradients, on a CPU.
+
+    Args:
+        q: [Nq, Hq, D].
+        compressed, selected, window: k and v of each branch, as the functions of the branches take them.
+        gates: [Nq, 3, Hq or 1], in the dtype of q.
+        cu_seqlens, cu_seqlens_cmp, cu_seqlens_k, others: as there; on the CPU.
+        starts: of each branch, ``cmp_starts`` and ``k_starts``.
+
+    Returns:
+        [Nq, Hq, Dv]; what the branches' functions give, gated in float32 and rounded once.
+
+    Raises:
+        ValueError: inputs do not fit each other, or sequences are not as described.
+    """
+    check_number("scale", q.shape[2] ** -0.5 if scale is None else scale, -MAX_SCALE, MAX_SCALE)
+    least, most = _tile_queries(q.shape[1] // selected[0].shape[1], q.shape[2] + selected[1].shape[2])
+    tensors = (q, *compressed, *selected, *window, gates)
+    if torch.is_grad_enabled():
+        names = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
+        for name, x in zip(names, tensors, strict=True):
+            if x.requires_grad:
+                raise ValueError(f"{name} must not need a gradient, got one that does")
+    rows = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors[:-1])
+    out: Tensor = _library.call(
+        _ops.sparse_branches.default,
+        *rows,
+        gates.contiguous(),
+        cu_seqlens,
+        cu_seqlens_cmp,
+        cu_seqlens_k,
+        kernel_size,
+        kernel_stride,
+        block_size,
+        topk,
+        init_blocks,
+        local_blocks,
+        window_size,
+        q.shape[2] ** -0.5 if scale is None else float(scale),
+        least,
+        most,
+        *starts,
+    )
+    return out
+
+
 # ---- plans
+
+
+def _tile_queries(group: int, width: int) -> tuple[int, int]:
+    """How few and how many queries a tile of a CPU's plan for chosen blocks may have."""
+    least = max(1, _ROWS_PER_BLOCK // group)
+    return least, max(least, _TILE_BYTES // (4 * width) // group)
 
 
 def _plan_selection(
@@ -423,9 +500,7 @@ def _plan_selection(
     """The nine tables of a plan for chosen blocks, of a CPU: in tiles of queries."""
     heads, num_queries, slots = block_index.shape
     num_keys, sequences = k.shape[0], queries.shape[0] - 1
-    group = q.shape[1] // heads
-    least = max(1, _ROWS_PER_BLOCK // group)
-    most = max(least, _TILE_BYTES // (4 * (q.shape[2] + v_head_dim)) // group)
+    least, most = _tile_queries(q.shape[1] // heads, q.shape[2] + v_head_dim)
     blocks = num_keys // block_size + 1
     segments = num_keys // block_size + sequences
     if starts is not None:  # sequences may share rows, and rows be nobody's
@@ -642,6 +717,11 @@ def _select_blocks_fake(
     *options: object,
 ) -> Tensor:
     return q.new_empty((k_cmp.shape[1], q.shape[0], topk), dtype=torch.int32)
+
+
+@torch.library.register_fake("palmette::sparse_branches")
+def _sparse_branches_fake(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *_: object) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], v_cmp.shape[2]))
 
 
 @torch.library.register_fake("palmette::plan_selection")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from palmette._varlen import packed_ends
 from palmette.nn.rotary import RotaryEmbedding
 from palmette.nn.sparse_cache import SparseKVCache, packed_positions
 from palmette.sparse_attention import (
+    FEW_QUERIES,
+    attend_branches,
     blocks_of_tokens,
     check_selection_sizes,
     compress,
@@ -181,11 +184,11 @@ class SparseBranches(nn.Module):
         Raises:
             ValueError: the cache is of other sequences.
         """
-        counts: list[int] = cu_seqlens.diff().tolist()
+        counts = [end - begin for begin, end in itertools.pairwise(cu_seqlens.tolist())]
         past, past_cmp = [0] * len(counts), [0] * len(counts)
         if cache is not None:
             cache.begin(len(counts))
-            past, past_cmp = cache.lengths.tolist(), cache.num_compressed.tolist()
+            past, past_cmp = cache.past, cache.past_compressed
         goes_on = any(past)
         if goes_on and torch.is_grad_enabled() and q.requires_grad:
             raise ValueError("cache must be empty where gradients are wanted, got one that holds tokens")
@@ -214,30 +217,91 @@ class SparseBranches(nn.Module):
             for before, new in ((past, counts), (past_cmp, made))
         )
         tokens, ends_cmp = packed_ends(lengths), packed_ends(lengths_cmp)
+        # the two branches that read tokens
+        names = ("slc", "win") if self.separate_kv else ("tok",)
+        pairs = [
+            (
+                remember(f"k_{name}", self.rope(k, positions), past, counts),
+                remember(f"v_{name}", v, past, counts),
+            )
+            for name, k, v in zip(names, keys[-len(names) :], values[-len(names) :], strict=True)
+        ]
+        pairs = [(k_cmp, v_cmp), pairs[0], pairs[-1]]
+        begins = starts("k_cmp"), starts(f"k_{names[0]}"), starts(f"k_{names[-1]}")
+        longest = max(lengths, default=0)
+        dense = longest <= self.topk * self.block_size
+        gates = self.gate(x).unflatten(-1, (3, -1))  # [T, 3, Hq or 1]
+        of_gradients = (q, gates, *itertools.chain.from_iterable(pairs))
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in of_gradients)
+        few = q.device.type == "cpu" and q.shape[0] <= FEW_QUERIES and gates.dtype == q.dtype
+        if few and not needs_grad:
+            mixed = attend_branches(
+                q,
+                pairs[0],
+                pairs[1],
+                pairs[2],
+                gates,
+                cu_seqlens,
+                ends_cmp,
+                tokens,
+                kernel_size=self.kernel_size,
+                kernel_stride=self.kernel_stride,
+                block_size=self.block_size,
+                topk=self.topk,
+                init_blocks=self.init_blocks,
+                local_blocks=self.local_blocks,
+                window_size=self.window_size,
+                scale=self.scale,
+                starts=begins,
+            )
+        else:
+            mixed = self._attend_and_mix(
+                q, pairs, gates, cu_seqlens, ends_cmp, tokens, begins, max(1, longest) if dense else None
+            )
+
+        if cache is not None:
+            cache.advance(counts, made)
+        self.report = SparseAttentionReport(
+            queries=x.shape[0],
+            longest=longest,
+            selection="dense" if dense else "blocks",
+            keys_read=max(lengths_cmp, default=0)
+            + min(longest, self.topk * self.block_size)
+            + min(longest, self.window_size),
+        )
+        return mixed
+
+    def _attend_and_mix(
+        self,
+        q: Tensor,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        gates: Tensor,
+        cu_seqlens: Tensor,
+        ends_cmp: Tensor,
+        tokens: Tensor,
+        begins: Sequence[Tensor | None],
+        dense_window: int | None,
+    ) -> Tensor:
+        """What ``attend_branches`` does, branch by branch, differentiable; pairs and begins as there.
+
+        dense_window: of the selected branch, where every query selects all blocks.
+        """
+        (k_cmp, v_cmp), selected_pair, window_pair = pairs
         sizes: dict[str, Any] = {
             "kernel_size": self.kernel_size,
             "kernel_stride": self.kernel_stride,
             "cu_seqlens_k": tokens,
-            "cmp_starts": starts("k_cmp"),
+            "cmp_starts": begins[0],
             "scale": self.scale,
         }
-        compressed, lse = compressed_attention(q, k_cmp, v_cmp, cu_seqlens, ends_cmp, **sizes)
-
-        # the two branches that read tokens
-        names = ("slc", "win") if self.separate_kv else ("tok",)
-        pairs: list[tuple[Tensor, Tensor, dict[str, Any]]] = [
-            (
-                remember(f"k_{name}", self.rope(k, positions), past, counts),
-                remember(f"v_{name}", v, past, counts),
-                {"cu_seqlens_k": tokens, "k_starts": starts(f"k_{name}"), "scale": self.scale},
-            )
-            for name, k, v in zip(names, keys[-len(names) :], values[-len(names) :], strict=True)
+        where: list[dict[str, Any]] = [
+            {"cu_seqlens_k": tokens, "k_starts": begin, "scale": self.scale} for begin in begins[1:]
         ]
-        longest = max(lengths, default=0)
-        dense = longest <= self.topk * self.block_size
-        k, v, where = pairs[0]
-        if dense:
-            selected = sliding_window_attention(q, k, v, cu_seqlens, window=max(1, longest), **where)
+        compressed, lse = compressed_attention(q, k_cmp, v_cmp, cu_seqlens, ends_cmp, **sizes)
+        if dense_window is not None:
+            selected = sliding_window_attention(
+                q, *selected_pair, cu_seqlens, window=dense_window, **where[0]
+            )
         else:
             index = select_blocks(
                 q,
@@ -251,21 +315,11 @@ class SparseBranches(nn.Module):
                 local_blocks=self.local_blocks,
                 **sizes,
             )
-            selected = selected_attention(q, k, v, index, cu_seqlens, block_size=self.block_size, **where)
-        k, v, where = pairs[-1]
-        windowed = sliding_window_attention(q, k, v, cu_seqlens, window=self.window_size, **where)
-
-        if cache is not None:
-            cache.advance(counts, made)
-        self.report = SparseAttentionReport(
-            queries=x.shape[0],
-            longest=longest,
-            selection="dense" if dense else "blocks",
-            keys_read=max(lengths_cmp, default=0)
-            + min(longest, self.topk * self.block_size)
-            + min(longest, self.window_size),
-        )
-        gates = self.gate(x).unflatten(-1, (3, -1)).unsqueeze(-1)  # [T, 3, Hq or 1, 1]
+            selected = selected_attention(
+                q, *selected_pair, index, cu_seqlens, block_size=self.block_size, **where[0]
+            )
+        windowed = sliding_window_attention(q, *window_pair, cu_seqlens, window=self.window_size, **where[1])
+        gates = gates.unsqueeze(-1)
         assert isinstance(selected, Tensor)
         assert isinstance(windowed, Tensor)
         if torch.is_grad_enabled() or gates.dtype != compressed.dtype:

@@ -10,13 +10,19 @@ from torch import Tensor
 
 from palmette._varlen import packed_ends
 
+# A step of decoding: fewer calls of torch take less time than anything that they do.
+_FEW_ROWS = 64
+
 Compress = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def packed_positions(past: list[int], counts: list[int]) -> Tensor:
     """Of the rows of packed sequences, each of which goes on behind ``past`` others."""
-    parts = [torch.arange(a, a + n) for a, n in zip(past, counts, strict=True)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    if sum(counts) <= _FEW_ROWS:
+        return torch.tensor(
+            [i for a, n in zip(past, counts, strict=True) for i in range(a, a + n)], dtype=torch.int64
+        )
+    return torch.cat([torch.arange(a, a + n) for a, n in zip(past, counts, strict=True)])
 
 
 class SparseKVCache:
@@ -29,15 +35,15 @@ class SparseKVCache:
         max_length: tokens per sequence to make room for at once. Default: 0, as they come.
 
     Attributes:
-        lengths: tokens of each sequence, int32 [B], on the CPU; empty before the first use.
+        past, past_compressed: tokens, and compressed rows, of each sequence; empty before the first use.
     """
 
     def __init__(self, max_length: int = 0) -> None:
         if max_length < 0:
             raise ValueError(f"max_length must be at least 0, got {max_length}")
         self.max_length = max_length
-        self.lengths = torch.zeros(0, dtype=torch.int32)
-        self.num_compressed = torch.zeros(0, dtype=torch.int32)
+        self.past: list[int] = []
+        self.past_compressed: list[int] = []
         self._rows: dict[str, Tensor] = {}  # [B, capacity, Hk, width] by name
         self._tails: dict[str, list[Tensor]] = {}  # raw tokens from the begin of the next window on
         self._empty: dict[str, Tensor] = {}  # no compressed rows, in their shape
@@ -47,7 +53,12 @@ class SparseKVCache:
 
     def __len__(self) -> int:
         """Sequences."""
-        return len(self.lengths)
+        return len(self.past)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, int32 [B], on the CPU."""
+        return torch.tensor(self.past, dtype=torch.int32)
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +73,7 @@ class SparseKVCache:
             ValueError: the cache holds another number of sequences.
         """
         if len(self) == 0:
-            self.lengths = torch.zeros(num_sequences, dtype=torch.int32)
-            self.num_compressed = torch.zeros(num_sequences, dtype=torch.int32)
+            self.past, self.past_compressed = [0] * num_sequences, [0] * num_sequences
         elif len(self) != num_sequences:
             raise ValueError(f"cache must be of {num_sequences} sequences, got one of {len(self)}")
 
@@ -104,8 +114,8 @@ class SparseKVCache:
 
     def advance(self, counts: list[int], compressed: list[int]) -> None:
         """Says that so many tokens, and compressed rows, of each sequence have come."""
-        self.lengths = self.lengths + torch.tensor(counts, dtype=torch.int32)
-        self.num_compressed = self.num_compressed + torch.tensor(compressed, dtype=torch.int32)
+        self.past = [a + n for a, n in zip(self.past, counts, strict=True)]
+        self.past_compressed = [a + n for a, n in zip(self.past_compressed, compressed, strict=True)]
 
     def compress(
         self, name: str, x: Tensor, counts: list[int], size: int, stride: int, function: Compress
@@ -136,8 +146,10 @@ class SparseKVCache:
         Args:
             index: [B'], integers in [0, B).
         """
-        self.lengths, self.num_compressed = self.lengths[index.cpu()], self.num_compressed[index.cpu()]
+        order = index.tolist()
+        self.past = [self.past[i] for i in order]
+        self.past_compressed = [self.past_compressed[i] for i in order]
         for name, rows in self._rows.items():
             self._rows[name] = rows[index.to(rows.device)]
         for name, parts in self._tails.items():
-            self._tails[name] = [parts[i].clone() for i in index.tolist()]
+            self._tails[name] = [parts[i].clone() for i in order]
