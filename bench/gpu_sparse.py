@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from palmette import testing
-from palmette.sparse_attention import _plan_by_blocks
+from palmette._selection import plan_by_blocks
 
 from bench.pages import table, write_between
 from bench.sparse_cases import BLOCK, TOPK, SparseCase, make_selection, shared_blocks
@@ -104,7 +104,7 @@ def block_plan(index: torch.Tensor, tokens: int, group: int) -> Plan:
     """What ``selected_attention`` makes for tensors on a GPU."""
     q, k = torch.empty(tokens, group, 1), torch.empty(tokens, 1, 1)
     ends = torch.tensor([0, tokens], dtype=torch.int32)
-    return _plan_by_blocks(q, k, index, ends, ends, None, BLOCK)
+    return plan_by_blocks(q, k, k, index, ends, ends, None, BLOCK)
 
 
 def tile_plan(index: torch.Tensor, tokens: int, group: int) -> Plan:

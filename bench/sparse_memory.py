@@ -38,10 +38,10 @@ def measure(case: SparseCase) -> dict[str, int]:
     q, k, v, _ = inputs
     ends = case.cu_seqlens
     plans: list[int] = []
-    plan_selection = nsa._plan_selection
+    plan_by_tiles = nsa.plan_by_tiles
 
     def counted(*args: object) -> tuple[torch.Tensor, ...]:
-        tables = plan_selection(*args)  # type: ignore[arg-type]
+        tables = plan_by_tiles(*args)  # type: ignore[arg-type]
         plans.append(sum(table.nbytes for table in tables))
         return tables
 
@@ -55,7 +55,7 @@ def measure(case: SparseCase) -> dict[str, int]:
     def select() -> tuple[torch.Tensor, ...]:
         return (nsa.select_blocks(q, k_cmp, lse, ends, ends_cmp, **COMPRESSION, **SELECTION),)
 
-    with mock.patch.object(nsa, "_plan_selection", counted):
+    with mock.patch.object(nsa, "plan_by_tiles", counted):
         extra = _growth(selected)
     return {
         "index_bytes": index.nbytes,

@@ -12,7 +12,7 @@ import palmette
 import pytest
 import test_sparse_attention as sparse
 import torch
-from palmette import sparse_attention, testing
+from palmette import _selection, testing
 from palmette.testing import assert_accurate
 from test_tree_attention import IRREGULAR, check_gradients, make_case
 from torch import Tensor
@@ -95,16 +95,16 @@ def selection(tokens: list[int], block_size: int, topk: int, **options) -> Probl
     case = sparse.make(tokens, **options)
     index = sparse.random_blocks(case, topk, block_size)
     ends = case.cu_seqlens
-    plan = _plan_for_gpus(case.q, case.k, index, ends, block_size, case.v.shape[2])
+    plan = _plan_for_gpus(case, index, ends, block_size)
     return problem(case.q, case.k, case.v, plan)
 
 
-def _plan_for_gpus(q, k, index, ends, block_size, v_head_dim):
+def _plan_for_gpus(case, index, ends, block_size):
     """Of as few queries to a task as a GPU has it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_attention, "_ROWS_PER_BLOCK", 64)
-        patch.setattr(sparse_attention, "_TILE_BYTES", 64 * 4 * (q.shape[2] + v_head_dim))
-        return sparse_attention._plan_selection(q, k, index, ends, ends, None, block_size, v_head_dim)
+        patch.setattr(_selection, "_ROWS_PER_BLOCK", 64)
+        patch.setattr(_selection, "_TILE_BYTES", 64 * 4 * (case.q.shape[2] + case.v.shape[2]))
+        return _selection.plan_by_tiles(case.q, case.k, case.v, index, ends, ends, None, block_size)
 
 
 def pieces(p: Problem, memory: bytes) -> Tensor:

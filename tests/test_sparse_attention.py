@@ -13,10 +13,9 @@ import pytest
 import torch
 from palmette import testing
 from palmette._attend import attend, plan_tensors
+from palmette._selection import plan_by_blocks, plan_by_tiles
 from palmette.reference import sparse_attention as reference
 from palmette.sparse_attention import (
-    _plan_by_blocks,
-    _plan_selection,
     compress,
     compressed_attention,
     select_blocks,
@@ -128,7 +127,7 @@ def selected(index: Tensor, block_size: int = BLOCK):
 
 def by_blocks(case: Case, index: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
     """What selected_attention does with tensors that lie on a GPU."""
-    plan = _plan_by_blocks(case.q, case.k, index, case.cu_seqlens, case.cu_seqlens_k, None, block_size)
+    plan = plan_by_blocks(case.q, case.k, case.v, index, case.cu_seqlens, case.cu_seqlens_k, None, block_size)
     return attend(case.q, case.k, case.v, plan_tensors(plan), item_query=plan[8])
 
 
@@ -372,9 +371,7 @@ def test_tables_grow_with_the_blocks_that_are_chosen():
 
     def table_bytes(tokens: int, index: Tensor) -> int:
         case = make([tokens], q_heads=2, kv_heads=1, head_dim=8)
-        plan = _plan_selection(
-            case.q, case.k, index, case.cu_seqlens, case.cu_seqlens, None, 64, case.v.shape[2]
-        )
+        plan = plan_by_tiles(case.q, case.k, case.v, index, case.cu_seqlens, case.cu_seqlens, None, 64)
         return sum(table.nbytes for table in plan)
 
     def last_blocks(tokens: int) -> Tensor:
@@ -401,7 +398,7 @@ def test_tables_of_a_cache_grow_with_its_tokens():
         lengths, each = indptr([1] * sequences), indptr([tokens] * sequences)
         q, k = torch.zeros(sequences, 2, 8), torch.zeros(sequences * room, 1, 8)
         index = torch.arange(16, dtype=torch.int32).repeat(1, sequences, 1)
-        plan = _plan_selection(q, k, index, lengths, each, torch.arange(sequences) * room, 64, 8)
+        plan = plan_by_tiles(q, k, k, index, lengths, each, torch.arange(sequences) * room, 64)
         return sum(table.nbytes for table in plan)
 
     assert table_bytes(64) < 4.5 * table_bytes(16)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from palmette import _library
 from palmette._attend import PlanTensors, plan_tensors
+from palmette._checks import INDEX, check_device, check_dtype, check_indptr, check_shape
 from palmette._device import on_device
 
 _ops = torch.ops.palmette
@@ -27,6 +28,53 @@ _FREE_PARTIAL_BYTES = 640 << 10
 def packed_ends(lengths: list[int]) -> Tensor:
     """Where sequences of these lengths begin, and where the last one ends: int32 [B + 1]."""
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def lengths(indptr: Tensor) -> list[int]:
+    starts = indptr.tolist()  # a step of decoding has no time for tensors of a few elements
+    return [end - begin for begin, end in itertools.pairwise(starts)]
+
+
+def sequence_starts(name: str, indptr: Tensor, total: int, of_what: str) -> list[int]:
+    starts: list[int] = check_indptr(name, indptr, indptr.device).tolist()
+    if starts[0] != 0 or starts[-1] != total:
+        raise ValueError(f"{name} must be from 0 to {total} ({of_what}), got {starts[0]} to {starts[-1]}")
+    if any(a > b for a, b in itertools.pairwise(starts)):
+        raise ValueError(f"{name} must be non-decreasing, got {starts}")
+    return starts
+
+
+def sequences(
+    q: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, k: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where the queries and the tokens of sequences begin."""
+    queries = check_indptr("cu_seqlens", cu_seqlens, q.device)
+    if cu_seqlens_k is None:
+        if k is not None and k.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"k must have q's {q.shape[0]} rows where cu_seqlens_k is not given, got {k.shape[0]}"
+            )
+        return queries, queries
+    tokens = check_indptr("cu_seqlens_k", cu_seqlens_k, q.device)
+    check_shape("cu_seqlens_k", tokens, "[B + 1] like cu_seqlens", queries.shape)
+    if not torch.compiler.is_compiling():
+        for b, (n, m) in enumerate(zip(lengths(queries), lengths(tokens), strict=True)):
+            if m < n:
+                raise ValueError(
+                    f"cu_seqlens_k must give a sequence at least its queries, got {m} tokens for {n} queries "
+                    f"of sequence {b}"
+                )
+    return queries, tokens
+
+
+def key_starts(name: str, starts: Tensor | None, q: Tensor, indptr: Tensor) -> Tensor | None:
+    if starts is None:
+        return None
+    check_dtype(name, starts, INDEX)
+    check_shape(name, starts, "[B]", [indptr.shape[0] - 1])
+    if starts.device.type != "cpu":
+        check_device(name, starts, q.device)
+    return starts.detach().cpu().contiguous()
 
 
 def plan_varlen(

@@ -18,7 +18,6 @@ from palmette import _library
 from palmette._attend import MAX_SCALE, attend, check_inputs, plan_tensors, state_dtype
 from palmette._checks import (
     FLOATING,
-    INDEX,
     check_at_least,
     check_device,
     check_dim,
@@ -27,17 +26,11 @@ from palmette._checks import (
     check_number,
     check_shape,
 )
-from palmette._device import on_device
-from palmette._varlen import packed_ends, plan_sequences
+from palmette._selection import plan_by_blocks, plan_by_tiles, tile_queries
+from palmette._varlen import key_starts, lengths, packed_ends, plan_sequences, sequence_starts, sequences
 
 _ops = torch.ops.palmette
 
-# On a CPU: rows of q (queries and heads) that a block of keys should meet at once, and the bytes that q and
-# out of a tile of queries may take, a share of the last cache (docs/performance.md, "Sparse attention").
-_ROWS_PER_BLOCK = 64
-_TILE_BYTES = 2 << 20
-# On a GPU: rows that share one fetch of a block's K and V.
-_TASK_ROWS_GPU = 512
 # On a CPU: K and V are laid out head by head first where every key is read so often at least.
 _READS_OF_A_COPY = 8
 
@@ -90,7 +83,7 @@ def compress(
                 f"weight must be [Hk, kernel_size] or [Hk, kernel_size * D, D'] = [{heads}, "
                 f"{kernel_size * dim}, D'], got {list(weight.shape)}"
             )
-    starts = _starts("cu_seqlens", cu_seqlens, x.shape[0], "rows of x")
+    starts = sequence_starts("cu_seqlens", cu_seqlens, x.shape[0], "rows of x")
     counts = _compressed_lengths(starts, kernel_size, kernel_stride)
     dtype, wide = x.dtype, state_dtype(x.dtype)  # 16-bit sums would overflow and lose digits
     x = x.to(wide)
@@ -166,7 +159,7 @@ def blocks_of_tokens(
 
 def _windows(x: Tensor, cu_seqlens: Tensor, kernel_size: int, kernel_stride: int) -> tuple[Tensor, Tensor]:
     """[C, Hk, D, kernel_size], and where each sequence's begin."""
-    starts = _starts("cu_seqlens", cu_seqlens, x.shape[0], "rows of x")
+    starts = sequence_starts("cu_seqlens", cu_seqlens, x.shape[0], "rows of x")
     blocks = [
         x[begin:end].unfold(0, kernel_size, kernel_stride)
         for begin, end in itertools.pairwise(starts)
@@ -215,7 +208,7 @@ def compressed_attention(
     """
     check_inputs(q, k_cmp, v_cmp)
     check_at_least(1, kernel_size=kernel_size, kernel_stride=kernel_stride)
-    queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, None)
+    queries, tokens = sequences(q, cu_seqlens, cu_seqlens_k, None)
     keys = check_indptr("cu_seqlens_cmp", cu_seqlens_cmp, q.device)
     _check_compressed(tokens, keys, kernel_size, kernel_stride)
     plan = plan_sequences(
@@ -226,7 +219,7 @@ def compressed_attention(
         token_indptr=tokens,
         key_size=kernel_size,
         key_stride=kernel_stride,
-        key_start=_key_starts("cmp_starts", cmp_starts, q, queries),
+        key_start=key_starts("cmp_starts", cmp_starts, q, queries),
     )
     return attend(q, k_cmp, v_cmp, plan, scale=scale)
 
@@ -289,7 +282,7 @@ def select_blocks(
     check_shape("lse", lse, "[Nq, Hq]", q.shape[:2])
     check_device("lse", lse, q.device)
     check_selection_sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
-    queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, None)
+    queries, tokens = sequences(q, cu_seqlens, cu_seqlens_k, None)
     keys = check_indptr("cu_seqlens_cmp", cu_seqlens_cmp, q.device)
     q, k_cmp = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k_cmp))
     index: Tensor = _library.call(
@@ -307,7 +300,7 @@ def select_blocks(
         init_blocks,
         local_blocks,
         q.shape[2] ** -0.5 if scale is None else float(scale),
-        _key_starts("cmp_starts", cmp_starts, q, queries),
+        key_starts("cmp_starts", cmp_starts, q, queries),
     )
     return index
 
@@ -361,12 +354,10 @@ def selected_attention(
             f"block_index must be [Hk, Nq, n] = [{k.shape[1]}, {q.shape[0]}, n], got "
             f"{list(block_index.shape)}"
         )
-    queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
-    starts = _key_starts("k_starts", k_starts, q, queries)
-    if q.device.type == "cuda":
-        plan = _plan_by_blocks(q, k, block_index, queries, tokens, starts, block_size)
-    else:
-        plan = _plan_selection(q, k, block_index, queries, tokens, starts, block_size, v.shape[2])
+    queries, tokens = sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
+    starts = key_starts("k_starts", k_starts, q, queries)
+    make_plan = plan_by_blocks if q.device.type == "cuda" else plan_by_tiles
+    plan = make_plan(q, k, v, block_index, queries, tokens, starts, block_size)
     if q.device.type == "cpu" and block_index.numel() * block_size >= _READS_OF_A_COPY * k.shape[:2].numel():
         k, v = _heads_first(k), _heads_first(v)
     out, lse = attend(q, k, v, plan_tensors(plan), scale=scale, item_query=plan[8])
@@ -401,8 +392,8 @@ def sliding_window_attention(
     """
     check_inputs(q, k, v)
     check_at_least(1, window=window)
-    queries, tokens = _sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
-    starts = _key_starts("k_starts", k_starts, q, queries)
+    queries, tokens = sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
+    starts = key_starts("k_starts", k_starts, q, queries)
     plan = plan_sequences(q, k, queries, tokens, window=window, key_start=starts)
     out, lse = attend(q, k, v, plan, scale=scale, window=window)
     return (out, lse) if return_lse else out
@@ -448,7 +439,7 @@ def attend_branches(
         ValueError: inputs do not fit each other, or sequences are not as described.
     """
     check_number("scale", q.shape[2] ** -0.5 if scale is None else scale, -MAX_SCALE, MAX_SCALE)
-    least, most = _tile_queries(q.shape[1] // selected[0].shape[1], q.shape[2] + selected[1].shape[2])
+    least, most = tile_queries(q.shape[1] // selected[0].shape[1], q.shape[2] + selected[1].shape[2])
     tensors = (q, *compressed, *selected, *window, gates)
     if torch.is_grad_enabled():
         names = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
@@ -478,137 +469,6 @@ def attend_branches(
     return out
 
 
-# ---- plans
-
-
-def _tile_queries(group: int, width: int) -> tuple[int, int]:
-    """How few and how many queries a tile of a CPU's plan for chosen blocks may have."""
-    least = max(1, _ROWS_PER_BLOCK // group)
-    return least, max(least, _TILE_BYTES // (4 * width) // group)
-
-
-def _plan_selection(
-    q: Tensor,
-    k: Tensor,
-    block_index: Tensor,
-    queries: Tensor,
-    tokens: Tensor,
-    starts: Tensor | None,
-    block_size: int,
-    v_head_dim: int,
-) -> tuple[Tensor, ...]:
-    """The nine tables of a plan for chosen blocks, of a CPU: in tiles of queries."""
-    heads, num_queries, slots = block_index.shape
-    num_keys, sequences = k.shape[0], queries.shape[0] - 1
-    least, most = _tile_queries(q.shape[1] // heads, q.shape[2] + v_head_dim)
-    blocks = num_keys // block_size + 1
-    segments = num_keys // block_size + sequences
-    if starts is not None:  # sequences may share rows, and rows be nobody's
-        segments = blocks * sequences
-        if not torch.compiler.is_compiling():
-            sizes = [-(-n // block_size) for n in _lengths(tokens)]
-            segments, blocks = sum(sizes), max(sizes, default=0)
-    # A tile of a sequence of B blocks is least * B / slots queries, rounded down, within [least, most].
-    items = heads * (2 * num_queries * slots // least + num_queries * blocks // most + segments)
-    plan: tuple[Tensor, ...] = _library.call(
-        _ops.plan_selection.default,
-        block_index.detach().cpu().contiguous(),
-        queries,
-        tokens,
-        num_keys,
-        block_size,
-        least,
-        most,
-        segments,
-        min(block_index.numel(), items),
-        (num_queries // least + sequences) * heads,
-        starts,
-    )
-    return plan
-
-
-def _plan_by_blocks(
-    q: Tensor,
-    k: Tensor,
-    block_index: Tensor,
-    queries: Tensor,
-    tokens: Tensor,
-    starts: Tensor | None,
-    block_size: int,
-) -> tuple[Tensor, ...]:
-    """The nine tables of a plan in FSA's order: a task is a key block and queries that chose it.
-
-    Made by a sort on the device of q, and nothing is waited for. Blocks that a sequence does not have count
-    as none. csrc/attend/params.h says what is different in such a plan.
-    """
-    heads, num_queries, choices = block_index.shape
-    device, group = q.device, q.shape[1] // heads
-    block_index = block_index.detach().to(device)
-    entries = num_queries * choices  # of a KV head
-    segment, first_block, num_blocks = _blocks_of_sequences(queries, tokens, starts, block_size)
-    blocks = max(1, segment.shape[0])
-    counts = torch.zeros(16, dtype=torch.int32)  # csrc/attend/params.h, PlanCount
-    counts[0], counts[1], counts[7], counts[8] = num_queries, segment.shape[0], block_size, k.shape[0]
-    counts[9] = heads * entries
-    host = (segment, first_block[:, None], num_blocks[:, None], counts)
-    segment, first_block, num_blocks, counts = on_device(host, device)
-    exists = (block_index >= 0) & (block_index < num_blocks)
-    chosen = torch.where(exists, block_index + first_block, blocks)
-    ordered, order = chosen.flatten(1).sort(dim=1, stable=True)
-    number = torch.arange(entries, device=device).expand(heads, -1)
-    base = torch.arange(heads, device=device)[:, None] * entries
-    place = torch.empty_like(order).scatter_(1, order, number + base).view_as(chosen)
-    edges = torch.searchsorted(
-        ordered, torch.arange(blocks + 1, dtype=torch.int32, device=device).repeat(heads, 1)
-    )
-    most = max(1, _TASK_ROWS_GPU // group)
-    parts = (edges.diff(dim=1) + most - 1) // most
-    part_end = parts.flatten().cumsum(0)
-    capacity = heads * (entries // most + min(blocks, entries))
-    task = torch.arange(capacity, device=device)
-    owner = torch.searchsorted(part_end, task, right=True).clamp(max=heads * blocks - 1)
-    head, block = owner // blocks, owner % blocks
-    edges = edges + base
-    begin = edges[:, :-1].flatten()[owner] + (task - part_end[owner] + parts.flatten()[owner]) * most
-    end = torch.minimum(begin + most, edges[:, 1:].flatten()[owner])
-    counts[2:4] = part_end[-1]
-    rows = torch.arange(num_queries, device=device)
-    tables = (
-        torch.arange(k.shape[0], device=device),
-        torch.stack([rows, rows, rows, torch.zeros_like(rows)]),
-        segment,
-        torch.stack([block, block + 1, begin, end], 1),
-        torch.stack([task, task + 1, begin, end, begin, head], 1),
-        torch.zeros(1, device=device),
-        torch.where(chosen < blocks, place, -1),
-        counts,
-        (order // choices).flatten(),
-    )
-    return tuple(table.int() for table in tables)
-
-
-def _blocks_of_sequences(
-    queries: Tensor, tokens: Tensor, starts: Tensor | None, block_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """int32 segments [blocks, 6]; per query, of its sequence the first block and the number of blocks."""
-    asked, have = _lengths(queries), _lengths(tokens)
-    row = [0, *itertools.accumulate(asked)]
-    key = [0, *itertools.accumulate(have)] if starts is None else starts.tolist()
-    segments: list[list[int]] = []
-    first: list[int] = []
-    for b, (n, m) in enumerate(zip(asked, have, strict=True)):
-        first.append(len(segments))
-        for j in range(0, m, block_size):
-            seen_from = row[b] + j - (m - n)
-            segments.append([key[b] + j, min(block_size, m - j), seen_from, 1, row[b] + n, j])
-    times = torch.tensor(asked)
-    return (
-        torch.tensor(segments, dtype=torch.int32).view(-1, 6),
-        torch.tensor(first, dtype=torch.int32).repeat_interleave(times),
-        torch.tensor([-(-m // block_size) for m in have], dtype=torch.int32).repeat_interleave(times),
-    )
-
-
 def _heads_first(x: Tensor) -> Tensor:
     """x [T, heads, D], equal, with the rows of a head behind each other in memory."""
     return x if x.stride(0) < x.stride(1) else x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -632,53 +492,6 @@ def check_selection_sizes(
         )
 
 
-def _key_starts(name: str, starts: Tensor | None, q: Tensor, indptr: Tensor) -> Tensor | None:
-    if starts is None:
-        return None
-    check_dtype(name, starts, INDEX)
-    check_shape(name, starts, "[B]", [indptr.shape[0] - 1])
-    if starts.device.type != "cpu":
-        check_device(name, starts, q.device)
-    return starts.detach().cpu().contiguous()
-
-
-def _starts(name: str, indptr: Tensor, total: int, of_what: str) -> list[int]:
-    starts: list[int] = check_indptr(name, indptr, indptr.device).tolist()
-    if starts[0] != 0 or starts[-1] != total:
-        raise ValueError(f"{name} must be from 0 to {total} ({of_what}), got {starts[0]} to {starts[-1]}")
-    if any(a > b for a, b in itertools.pairwise(starts)):
-        raise ValueError(f"{name} must be non-decreasing, got {starts}")
-    return starts
-
-
-def _sequences(
-    q: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, k: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Where the queries and the tokens of sequences begin."""
-    queries = check_indptr("cu_seqlens", cu_seqlens, q.device)
-    if cu_seqlens_k is None:
-        if k is not None and k.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"k must have q's {q.shape[0]} rows where cu_seqlens_k is not given, got {k.shape[0]}"
-            )
-        return queries, queries
-    tokens = check_indptr("cu_seqlens_k", cu_seqlens_k, q.device)
-    check_shape("cu_seqlens_k", tokens, "[B + 1] like cu_seqlens", queries.shape)
-    if not torch.compiler.is_compiling():
-        for b, (n, m) in enumerate(zip(_lengths(queries), _lengths(tokens), strict=True)):
-            if m < n:
-                raise ValueError(
-                    f"cu_seqlens_k must give a sequence at least its queries, got {m} tokens for {n} queries "
-                    f"of sequence {b}"
-                )
-    return queries, tokens
-
-
-def _lengths(indptr: Tensor) -> list[int]:
-    starts = indptr.tolist()  # a step of decoding has no time for tensors of a few elements
-    return [end - begin for begin, end in itertools.pairwise(starts)]
-
-
 def _compressed_lengths(starts: list[int], kernel_size: int, kernel_stride: int) -> list[int]:
     return [
         0 if end - begin < kernel_size else (end - begin - kernel_size) // kernel_stride + 1
@@ -691,7 +504,7 @@ def _check_compressed(tokens: Tensor, keys: Tensor, kernel_size: int, kernel_str
         return
     check_shape("cu_seqlens_cmp", keys, "[B + 1] like cu_seqlens", tokens.shape)
     wanted = _compressed_lengths(tokens.tolist(), kernel_size, kernel_stride)
-    got = _lengths(keys)
+    got = lengths(keys)
     if got != wanted:
         b = next(i for i, (a, c) in enumerate(zip(got, wanted, strict=True)) if a != c)
         raise ValueError(
@@ -722,34 +535,3 @@ def _select_blocks_fake(
 @torch.library.register_fake("palmette::sparse_branches")
 def _sparse_branches_fake(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *_: object) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], v_cmp.shape[2]))
-
-
-@torch.library.register_fake("palmette::plan_selection")
-def _plan_selection_fake(
-    block_index: Tensor,
-    q_indptr: Tensor,
-    kv_indptr: Tensor,
-    num_keys: int,
-    block_size: int,
-    min_tile_queries: int,
-    max_tile_queries: int,
-    segment_capacity: int,
-    item_capacity: int,
-    task_capacity: int,
-    key_start: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    def table(*size: int) -> Tensor:
-        return block_index.new_empty(size, dtype=torch.int32)
-
-    num_queries = block_index.shape[1]
-    return (
-        table(num_keys),
-        table(4, num_queries),
-        table(segment_capacity, 6),
-        table(item_capacity, 4),
-        table(task_capacity, 6),
-        table(num_queries + 1),
-        table(0),
-        table(16),
-        table(block_index.numel()),
-    )
