@@ -237,7 +237,7 @@ def test_a_tile_that_all_queries_chose():
     index = torch.stack([torch.zeros(600), torch.arange(600) // 64], 1).int()[None]
     index[:, :64, 1] = -1
     ends = sparse.indptr([600])
-    p = problem(p.q, p.k, p.v, _plan_for_gpus(p.q, p.k, index, ends, 64, 8))
+    p = problem(p.q, p.k, p.v, _plan_for_gpus(p, index, ends, 64))
     assert check(p) == -(-600 * 8 // 256)
 
 

@@ -243,6 +243,25 @@ def test_strides(backend):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_out(backend):
+    """The result goes where it is wanted, other strides included."""
+    case = make([90])
+    index, (k_cmp, v_cmp, ends) = random_blocks(case, 4), compressed(case)
+    sizes = {"kernel_size": 8, "kernel_stride": 4}
+    calls = [
+        lambda **o: selected_attention(case.q, case.k, case.v, index, case.cu_seqlens, block_size=BLOCK, **o),
+        lambda **o: sliding_window_attention(case.q, case.k, case.v, case.cu_seqlens, window=9, **o),
+        lambda **o: compressed_attention(case.q, k_cmp, v_cmp, case.cu_seqlens, ends, **sizes, **o)[0],
+    ]
+    for call in calls:
+        want = call()
+        out = torch.full((want.shape[1], *want.shape[::2]), torch.nan, dtype=want.dtype).transpose(0, 1)
+        assert call(out=out) is out
+        assert torch.equal(out, want)
+        with pytest.raises(ValueError, match="out must be"):
+            call(out=out[1:])
+
+
 def gradients(case: Case, function, dout: Tensor, dlse: Tensor) -> list[Tensor]:
     inputs = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v)]
     out, lse = function(case._replace(q=inputs[0], k=inputs[1], v=inputs[2]))

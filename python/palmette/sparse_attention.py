@@ -181,6 +181,7 @@ def compressed_attention(
     scale: float | None = None,
     cu_seqlens_k: Tensor | None = None,
     cmp_starts: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to compressed keys: the query at token t sees key i when it sees all its tokens.
 
@@ -196,6 +197,7 @@ def compressed_attention(
         cu_seqlens_k: [B + 1], tokens of the sequences; the queries are the last ones. Default: cu_seqlens.
         cmp_starts: [B], where each sequence's rows begin in k_cmp and v_cmp, if not one behind the other;
             only the lengths in cu_seqlens_cmp count then.
+        out: where to put the result, [Nq, Hq, Dv]; only where no gradients are wanted. Default: new memory.
 
     Returns:
         out [Nq, Hq, Dv] and lse [Nq, Hq]; 0 and -inf for a query that sees no key. Differentiable through
@@ -221,7 +223,7 @@ def compressed_attention(
         key_stride=kernel_stride,
         key_start=key_starts("cmp_starts", cmp_starts, q, queries),
     )
-    return attend(q, k_cmp, v_cmp, plan, scale=scale)
+    return attend(q, k_cmp, v_cmp, plan, scale=scale, out=out)
 
 
 def select_blocks(
@@ -317,6 +319,7 @@ def selected_attention(
     return_lse: bool = False,
     cu_seqlens_k: Tensor | None = None,
     k_starts: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention to the blocks of keys that each query has chosen, per KV head.
 
@@ -334,6 +337,7 @@ def selected_attention(
             cu_seqlens.
         k_starts: [B], where each sequence's rows begin in k and v, if not one behind the other (a cache with
             room to grow); only the lengths in cu_seqlens_k count then.
+        out: where to put the result, [Nq, Hq, Dv]; only where no gradients are wanted. Default: new memory.
 
     Returns:
         out [Nq, Hq, Dv] in the dtype of q; with return_lse also lse [Nq, Hq]. 0 and -inf for a query without
@@ -360,7 +364,7 @@ def selected_attention(
     plan = make_plan(q, k, v, block_index, queries, tokens, starts, block_size)
     if q.device.type == "cpu" and block_index.numel() * block_size >= _READS_OF_A_COPY * k.shape[:2].numel():
         k, v = _heads_first(k), _heads_first(v)
-    out, lse = attend(q, k, v, plan_tensors(plan), scale=scale, item_query=plan[8])
+    out, lse = attend(q, k, v, plan_tensors(plan), scale=scale, out=out, item_query=plan[8])
     return (out, lse) if return_lse else out
 
 
@@ -375,11 +379,12 @@ def sliding_window_attention(
     return_lse: bool = False,
     cu_seqlens_k: Tensor | None = None,
     k_starts: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention to the last ``window`` keys, the query's own included.
 
     Args:
-        q, k, v, cu_seqlens, scale, return_lse, cu_seqlens_k, k_starts: as for ``selected_attention``.
+        q, k, v, cu_seqlens, scale, return_lse, cu_seqlens_k, k_starts, out: as for ``selected_attention``.
         window: keys that a query sees at most. FlashAttention's ``window_size=(w, 0)`` is ``window=w + 1``.
 
     Returns:
@@ -395,7 +400,7 @@ def sliding_window_attention(
     queries, tokens = sequences(q, cu_seqlens, cu_seqlens_k, k if k_starts is None else None)
     starts = key_starts("k_starts", k_starts, q, queries)
     plan = plan_sequences(q, k, queries, tokens, window=window, key_start=starts)
-    out, lse = attend(q, k, v, plan, scale=scale, window=window)
+    out, lse = attend(q, k, v, plan, scale=scale, window=window, out=out)
     return (out, lse) if return_lse else out
 
 

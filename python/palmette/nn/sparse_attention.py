@@ -318,15 +318,25 @@ class SparseBranches(nn.Module):
             selected = selected_attention(
                 q, *selected_pair, index, cu_seqlens, block_size=self.block_size, **where[0]
             )
-        windowed = sliding_window_attention(q, *window_pair, cu_seqlens, window=self.window_size, **where[1])
-        gates = gates.unsqueeze(-1)
         assert isinstance(selected, Tensor)
-        assert isinstance(windowed, Tensor)
-        if torch.is_grad_enabled() or gates.dtype != compressed.dtype:
-            mixed = torch.addcmul(gates[:, 0] * compressed, gates[:, 1], selected)
-            return torch.addcmul(mixed, gates[:, 2], windowed)
+        gates = gates.unsqueeze(-1)
+        needs_grad = any(x.requires_grad for x in (gates, compressed, selected, *window_pair))
         # new memory for a long sequence would cost more than the sum
-        return compressed.mul_(gates[:, 0]).addcmul_(gates[:, 1], selected).addcmul_(gates[:, 2], windowed)
+        in_place = gates.dtype == q.dtype and not (torch.is_grad_enabled() and needs_grad)
+        if in_place:
+            mixed = compressed.mul_(gates[:, 0]).addcmul_(gates[:, 1], selected)
+        else:
+            mixed = torch.addcmul(gates[:, 0] * compressed, gates[:, 1], selected)
+        windowed = sliding_window_attention(
+            q,
+            *window_pair,
+            cu_seqlens,
+            window=self.window_size,
+            out=selected if in_place else None,
+            **where[1],
+        )
+        assert isinstance(windowed, Tensor)
+        return mixed.addcmul_(gates[:, 2], windowed) if in_place else mixed.addcmul(gates[:, 2], windowed)
 
     def _compress(
         self, which: str, x: Tensor, ends: Tensor, counts: list[int], cache: SparseKVCache | None
