@@ -15,6 +15,7 @@
 #include "attend/op.h"
 #include "attend/units.h"
 #include "core/backend.h"
+#include "core/large.h"
 
 namespace palmette {
 
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor> attend_op(const Tensor& q, const Tensor& k, const Ten
   const Inputs in{
       q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts, item_query}, sinks};
   AttendParams p = make_params(in, scale, softcap, window);
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
+  Tensor out = new_large(q, {q.size(0), q.size(1), v.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, state_type(p.dtype));
   run_forward(p, in, out, lse);
   return {out, lse};
