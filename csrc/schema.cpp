@@ -74,7 +74,7 @@ STABLE_TORCH_LIBRARY(palmette, m) {
       "sparse_branches(Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor k_win, "
       "Tensor v_win, Tensor gates, Tensor q_indptr, Tensor cmp_indptr, Tensor token_indptr, int kernel_size, "
       "int kernel_stride, int block_size, int topk, int init_blocks, int local_blocks, int window, "
-      "float scale, int min_tile_queries, int max_tile_queries, Tensor? cmp_start=None, "
+      "float? scale, int rows_per_block, int tile_bytes, Tensor? cmp_start=None, "
       "Tensor? slc_start=None, Tensor? win_start=None) -> Tensor out");
 
   // verify: token trees against the target's logits or probabilities, and what follows in the KV cache

@@ -102,8 +102,8 @@ def selection(tokens: list[int], block_size: int, topk: int, **options) -> Probl
 def _plan_for_gpus(case, index, ends, block_size):
     """Of as few queries to a task as a GPU has it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_selection, "_ROWS_PER_BLOCK", 64)
-        patch.setattr(_selection, "_TILE_BYTES", 64 * 4 * (case.q.shape[2] + case.v.shape[2]))
+        patch.setattr(_selection, "ROWS_PER_BLOCK", 64)
+        patch.setattr(_selection, "TILE_BYTES", 64 * 4 * (case.q.shape[2] + case.v.shape[2]))
         return _selection.plan_by_tiles(case.q, case.k, case.v, index, ends, ends, None, block_size)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -230,6 +231,81 @@ def test_gradients_and_a_cache():
         module(x, cache=cache)
 
 
+@pytest.mark.parametrize("name", ["proj_k.weight", "proj_v.weight", "compress_value"])
+def test_gradients_of_keys_and_a_cache(name):
+    """Whatever of what the cache keeps wants a gradient."""
+    module, cache = make().requires_grad_(False), SparseKVCache()
+    x = torch.randn(40, 32)
+    module(x, cache=cache)
+    dict(module.named_parameters())[name].requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"^cache must be empty where gradients are wanted, got one that hol"
+    ):
+        module(x[:2], cache=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("failing", ["attend_branches", "packed_ends", "compressed_attention"])
+def test_a_call_that_fails_leaves_the_cache_as_it_was(monkeypatch, failing):
+    module = make()
+    x = torch.randn(90, 32)
+    want, cache = module(x), SparseKVCache()
+    for begin, end in [(0, 70), (70, 73), (73, 74), (74, 90)]:
+        for attempt in range(2):
+            with monkeypatch.context() as patch:
+                if attempt == 0:
+                    patch.setattr(sparse_module, failing, raise_interrupt)
+                    few = 0 if failing == "compressed_attention" else 64
+                    patch.setattr(sparse_module, "FEW_QUERIES", few)
+                    with contextlib.suppress(KeyboardInterrupt):
+                        module(x[begin:end], cache=cache)
+                    if cache.past != [begin]:
+                        break  # the long prefill does without attend_branches
+                else:
+                    got = module(x[begin:end], cache=cache)
+                    torch.testing.assert_close(got, want[begin:end], rtol=1e-4, atol=1e-5)
+    assert cache.lengths.tolist() == [90]
+
+
+def raise_interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def test_rows_of_another_dtype_are_refused():
+    module, cache = make(), SparseKVCache()
+    x = torch.randn(40, 32)
+    module(x, cache=cache)
+    with (
+        pytest.raises(
+            ValueError, match=r"^cache must be of rows \[2, 16\] of torch.bfloat16 as the tokens are"
+        ),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        module(x[:1], cache=cache)
+    want = module(torch.cat([x, x[:1]]))[40:]
+    torch.testing.assert_close(module(x[:1], cache=cache), want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_empty_cache_takes_other_sequences_after_a_failure(monkeypatch):
+    module, cache = make(), SparseKVCache()
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse_module, "attend_branches", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            module(torch.randn(2, 5, 32), cache=cache)
+    x = torch.randn(30, 32)
+    torch.testing.assert_close(module(x, cache=cache), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([2]), torch.tensor([-1]), torch.tensor([0.0])], ids=str)
+def test_bad_order_of_a_cache(index):
+    cache = SparseKVCache()
+    make().requires_grad_(False)(torch.randn(2, 5, 32), cache=cache)
+    with pytest.raises(ValueError, match=r"^index must be"):
+        cache.reorder(index)
+
+
 def test_scale():
     module, other = make(), make(scale=0.7)
     x = torch.randn(150, 32)
@@ -309,6 +385,16 @@ def test_gradients_do_without_the_one_call(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"q": torch.ones(2, 8)}, r"^q must be \[Nq, Hq, D\], got \[2, 8\]$"),
+        ({"q": torch.ones(2, 1, 8)}, r"^q must be of a positive multiple of k_cmp's 2 heads, got 1$"),
+        ({"q": torch.ones(2, 4, 0)}, r"^k_cmp must be of q's positive head_dim 0, got 8$"),
+        ({"cu_seqlens_cmp": indptr([5])}, r"^cu_seqlens_cmp must be 9 \(rows of k_cmp\) at its end, got 5$"),
+        (
+            {"topk": 30, "cu_seqlens_k": indptr([79])},
+            r"^cu_seqlens_cmp must be such that sequence 0 of 79 tok",
+        ),
+        ({"topk": 1}, r"^topk must be at least init_blocks \+ local_blocks = 2, got 1$"),
+        ({"block_size": 12}, r"^block_size must be a multiple of kernel_stride 8, got 12$"),
         ({"gates": torch.ones(2, 3, 3)}, r"^gates must be \[2, 3, 4 or 1\], got \[2, 3, 3\]$"),
         ({"gates": torch.ones(2, 3, 1).double()}, r"^gates must be float32, got float64$"),
         (
@@ -320,8 +406,8 @@ def test_gradients_do_without_the_one_call(monkeypatch):
             r"^v_slc and v_win must be of v_cmp's head",
         ),
         ({"window_size": 0}, r"^window must be at least 1, got 0$"),
-        ({"topk": 0}, r"^topk and block_size must be at least 1, got 0 and 16$"),
-        ({"cu_seqlens": indptr([3])}, r"^q_indptr must be 2 \(rows of q\) at its end, got 3$"),
+        ({"topk": 0}, r"^topk must be at least 1 and below 2\^31, got 0$"),
+        ({"cu_seqlens": indptr([3])}, r"^cu_seqlens must be 2 \(rows of q\) at its end, got 3$"),
         ({"scale": float("nan")}, r"^scale must be a number in"),
         (
             {"starts": (torch.tensor([5]), None, None)},

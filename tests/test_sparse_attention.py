@@ -262,6 +262,33 @@ def test_out(backend):
             call(out=out[1:])
 
 
+def shifted(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of x, and memory of its shape that begins a row later."""
+    memory = torch.empty(x.numel() + x[0].numel())
+    return memory[: x.numel()].view_as(x).copy_(x), memory[x[0].numel() :].view_as(x)
+
+
+def test_out_that_shares_memory():
+    case = make([12], q_heads=4, kv_heads=4)
+    q, later = shifted(case.q)
+    heads = torch.empty(12, 12, 16)
+    for out, q_in, k_in in [
+        (later, q, case.k),
+        (case.k, case.q, case.k),
+        (case.q, case.q, case.k),
+        (torch.empty(999).as_strided((12, 4, 16), (4, 2, 1)), case.q, case.k),
+        (torch.empty(12, 4, 16, requires_grad=True), case.q, case.k),
+        (heads[:, 2:6], heads[:, :4].copy_(case.q), case.k),
+    ]:
+        with pytest.raises(ValueError, match=r"^out must"):
+            sliding_window_attention(q_in, k_in, case.v, case.cu_seqlens, window=3, out=out)
+    q, k, out = heads.split(4, 1)  # side by side
+    q.copy_(case.q)
+    k.copy_(case.k)
+    want = sliding_window_attention(case.q, case.k, case.v, case.cu_seqlens, window=3)
+    assert torch.equal(sliding_window_attention(q, k, case.v, case.cu_seqlens, window=3, out=out), want)
+
+
 def gradients(case: Case, function, dout: Tensor, dlse: Tensor) -> list[Tensor]:
     inputs = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v)]
     out, lse = function(case._replace(q=inputs[0], k=inputs[1], v=inputs[2]))
@@ -843,7 +870,7 @@ INDEX = torch.tensor([0, 1, -1], dtype=torch.int32).repeat(2, 40, 1)
         ),
         (
             lambda c: selected_attention(c.q, c.k, c.v, INDEX, indptr([39]), block_size=16),
-            r"^cu_seqlens must be 40 \(rows of q\) at its end, got 39$",
+            r"^cu_seqlens must be from 0 to 40 \(rows of q\), got 0 to 39$",
         ),
         (
             lambda c: compress(c.k, torch.zeros(2, 7), None, c.cu_seqlens, **SIZES),
@@ -885,7 +912,7 @@ def test_absurd_sizes():
     q, k_cmp, lse = torch.zeros(1, 2, 16), torch.zeros(2048, 1, 16), torch.zeros(1, 2)
     size = {"kernel_size": 1 << 20, "kernel_stride": 1 << 20, "block_size": 1 << 20, "topk": 16}
     lengths = indptr([1]), indptr([2048])
-    with pytest.raises(ValueError, match=r"^cu_seqlens_k must be 0 at its begin, got -2147483648$"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens_k must begin with 0, got -2147483648$"):
         select_blocks(q, k_cmp, lse, *lengths, cu_seqlens_k=torch.tensor([-(2**31), 100]), **size)
 
 

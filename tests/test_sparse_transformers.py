@@ -202,3 +202,49 @@ def test_bad_models():
     with pytest.raises(ValueError, match=r"^attention_mask must be \[batch, tokens\] with palmette_nsa"):
         model(ids, attention_mask=torch.zeros(1, 1, 3, 3))
     assert model.config.vocab_size == VOCAB
+
+
+# ---- packed documents
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen])
+@torch.no_grad()
+def test_documents_packed_into_a_row_do_not_see_each_other(make):
+    model = sparse(make).eval()
+    a, b = torch.tensor([random_tokens(40)]), torch.tensor([random_tokens(33, seed=1)])
+    positions = torch.cat([torch.arange(40), torch.arange(33)])[None]
+    packed = model(torch.cat([a, b], 1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[:, :40], model(a).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed[:, 40:], model(b).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_that_jump_are_refused():
+    model, ids = sparse().eval(), torch.tensor([random_tokens(9)])
+    positions = torch.tensor([[0, 1, 2, 5, 6, 7, 8, 9, 10]])
+    with pytest.raises(ValueError, match=r"^position_ids must go up by 1, or begin again .* got 5 after 2$"):
+        model(ids, position_ids=positions)
+    model(ids, position_ids=positions[:, :1] + torch.arange(100, 109))  # somewhere else is fine
+
+
+@torch.no_grad()
+def test_tokens_cannot_be_taken_back():
+    model, ids = sparse().eval(), torch.tensor([random_tokens(20)])
+    with pytest.raises(ValueError, match=r"^past_key_values of palmette_nsa must keep its tokens"):
+        model.generate(ids.repeat(1, 2), max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"compression": (torch.nn.Identity(), torch.nn.Identity())},
+            r"^compression must be mean, weighted or",
+        ),
+        ({"blocksize": 3}, r"^options must be of .*block_size.*, got blocksize$"),
+    ],
+    ids=str,
+)
+def test_options_of_a_converted_model(options, message):
+    with pytest.raises(ValueError, match=message):
+        convert_to_nsa(tiny_llama(), **options)

@@ -147,13 +147,16 @@ SelectionTables plan_selection(const Tensor& block_index, const Tensor& q_indptr
   check_dtype(block_index, "block_index", {ScalarType::Int});
   check_dim(block_index, "block_index", "[Hk, Nq, n]", 3);
   check_contiguous(block_index, "block_index");
-  check(block_size > 0 && block_size <= INT_MAX, "block_size must be at least 1, got ", block_size);
+  check(block_size > 0 && block_size <= INT_MAX, "block_size must be at least 1 and below 2^31, got ",
+        block_size);
+  check(block_index.size(0) <= INT_MAX, "block_index must have less than 2^31 heads, got ",
+        block_index.size(0));
   check(min_tile_queries > 0 && min_tile_queries <= max_tile_queries && max_tile_queries <= INT_MAX,
         "min_tile_queries must be at least 1 and at most max_tile_queries, got ", min_tile_queries, " and ",
         max_tile_queries);
   check(block_index.numel() <= INT_MAX, "block_index must have at most ", INT_MAX, " entries, got ",
         block_index.numel());
-  check(num_keys <= INT_MAX, "k must be of less than 2^31 rows, got ", num_keys);
+  check(num_keys >= 0 && num_keys <= INT_MAX, "k must be of less than 2^31 rows, got ", num_keys);
   const int64_t num_queries = block_index.size(1);
   const IntArray q = check_indptr(q_indptr, "cu_seqlens", num_queries, "rows of q"),
                  kv = check_indptr(kv_indptr, "cu_seqlens_k", key_start.has_value() ? -1 : num_keys,

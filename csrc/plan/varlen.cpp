@@ -173,9 +173,10 @@ PlanTables plan_varlen(const Tensor& q_indptr, const Tensor& kv_indptr, bool cau
   check(num_q_heads > 0 && num_q_heads % num_kv_heads == 0,
         "num_q_heads must be a multiple of num_kv_heads (", num_kv_heads, "), got ", num_q_heads);
   check(head_dim > 0, "head_dim must be at least 1, got ", head_dim);
-  check(key_size > 0 && key_size <= INT_MAX, "key_size must be at least 1, got ", key_size);
-  check(key_stride > 0 && key_stride <= INT_MAX, "key_stride must be at least 1, got ", key_stride);
-  check(num_keys <= INT_MAX, "k must be of less than 2^31 rows, got ", num_keys);
+  check(key_size > 0 && key_size <= INT_MAX, "key_size must be at least 1 and below 2^31, got ", key_size);
+  check(key_stride > 0 && key_stride <= INT_MAX, "key_stride must be at least 1 and below 2^31, got ",
+        key_stride);
+  check(num_keys >= 0 && num_keys <= INT_MAX, "k must be of less than 2^31 rows, got ", num_keys);
   check(window >= 0, "window must be at least 0 (0: none), got ", window);
   const IntArray queries = check_indptr(q_indptr, "q_indptr", num_queries, "rows of q"),
                  keys =

@@ -14,7 +14,10 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
+#include <optional>
 #include <tuple>
+#include <utility>
 
 #include "attend/inputs.h"
 #include "attend/op.h"
@@ -70,8 +73,8 @@ Tensor sparse_branches_op(const Tensor& q, const Tensor& k_cmp, const Tensor& v_
                           const Tensor& v_slc, const Tensor& k_win, const Tensor& v_win, const Tensor& gates,
                           const Tensor& q_indptr, const Tensor& cmp_indptr, const Tensor& token_indptr,
                           int64_t kernel_size, int64_t kernel_stride, int64_t block_size, int64_t topk,
-                          int64_t init_blocks, int64_t local_blocks, int64_t window, double scale,
-                          int64_t min_tile_queries, int64_t max_tile_queries,
+                          int64_t init_blocks, int64_t local_blocks, int64_t window,
+                          std::optional<double> given_scale, int64_t rows_per_block, int64_t tile_bytes,
                           const std::optional<Tensor>& cmp_start, const std::optional<Tensor>& slc_start,
                           const std::optional<Tensor>& win_start) {
   check_device(q, "q");
@@ -97,8 +100,30 @@ Tensor sparse_branches_op(const Tensor& q, const Tensor& k_cmp, const Tensor& v_
       gates.size(0) == q.size(0) && gates.size(1) == 3 && (gates.size(2) == 1 || gates.size(2) == q.size(1)),
       "gates", text("[", q.size(0), ", 3, ", q.size(1), " or 1]"), shape_text(gates));
   require(window > 0, "window", "at least 1", window);
-  require(topk > 0 && topk <= INT_MAX && block_size > 0 && block_size <= INT_MAX, "topk and block_size",
-          "at least 1", text(topk, " and ", block_size));
+  const int64_t heads = k_cmp.size(1), head_dim = q.size(2), v_head_dim = v_cmp.size(2);
+  require(heads > 0 && q.size(1) > 0 && q.size(1) % heads == 0, "q",
+          text("of a positive multiple of k_cmp's ", heads, " heads"), q.size(1));
+  for (const auto& [t, name] : {std::pair{&k_cmp, "k_cmp"}, {&k_slc, "k_slc"}, {&k_win, "k_win"}})
+    require(t->size(2) == head_dim && head_dim > 0, name, text("of q's positive head_dim ", head_dim),
+            t->size(2));
+  for (const auto& [t, name] : {std::pair{&k_cmp, "k_cmp"},
+                                {&v_cmp, "v_cmp"},
+                                {&k_slc, "k_slc"},
+                                {&v_slc, "v_slc"},
+                                {&k_win, "k_win"},
+                                {&v_win, "v_win"}}) {
+    check_device(*t, name, q, "q");
+    check_dtype(*t, name, {q.scalar_type()});
+  }
+  const SelectSizes sizes{kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks};
+  check_selection(sizes, q_indptr, q.size(0), cmp_indptr, cmp_start.has_value() ? -1 : k_cmp.size(0),
+                  token_indptr);
+  require(rows_per_block > 0 && tile_bytes > 0, "rows_per_block and tile_bytes", "at least 1",
+          text(rows_per_block, " and ", tile_bytes));
+  const double scale = given_scale.value_or(std::pow(static_cast<double>(head_dim), -0.5));
+  require(std::isfinite(scale), "scale", "finite", scale);
+  const int64_t group = q.size(1) / heads, min_tile = std::max<int64_t>(1, rows_per_block / group),
+                max_tile = std::max(min_tile, tile_bytes / (4 * (head_dim + v_head_dim)) / group);
 
   const Sequences s{q_indptr, token_indptr, scale};
   const PlanTables plan =
@@ -112,8 +137,7 @@ Tensor sparse_branches_op(const Tensor& q, const Tensor& k_cmp, const Tensor& v_
     const Tensor block_index =
         select_blocks_op(q, k_cmp, lse, q_indptr, cmp_indptr, token_indptr, kernel_size, kernel_stride,
                          block_size, topk, init_blocks, local_blocks, scale, cmp_start);
-    selected = attend_blocks(s, q, k_slc, v_slc, block_index, block_size, min_tile_queries, max_tile_queries,
-                             slc_start);
+    selected = attend_blocks(s, q, k_slc, v_slc, block_index, block_size, min_tile, max_tile, slc_start);
   }
   const Tensor windowed = attend_tokens(s, q, k_win, v_win, std::min<int64_t>(window, INT_MAX), win_start);
 

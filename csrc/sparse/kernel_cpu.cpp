@@ -54,7 +54,7 @@ struct Select {
     take(at, prob, kKeys * W);
     take(at, weight, kKeys * kLanes);
     take(at, k_tile, kKeys * packed_stride<S>(p.head_dim));
-    take(at, score, int64_t{p.max_blocks + 1} * kLanes);
+    take(at, score, (int64_t{p.max_blocks} + 1) * kLanes);
     take(at, best, int64_t{p.topk} * S::kLanes);
     take(at, chosen, int64_t{p.topk} * S::kLanes);
     return at;

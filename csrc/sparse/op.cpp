@@ -25,8 +25,6 @@ std::vector<SelectTile> make_tiles(const IntArray& q, const IntArray& keys, cons
   std::vector<SelectTile> tiles;
   for (int64_t b = 0; b + 1 < q.size; ++b) {
     const int64_t queries = q[b + 1] - q[b], offset = tokens[b + 1] - tokens[b] - queries;
-    check(offset >= 0, "cu_seqlens_k must be such that a sequence has its queries, got ", queries, " in ",
-          tokens[b + 1] - tokens[b], " tokens of sequence ", b);
     for (int64_t i = 0; i < queries; i += kSelectQueries) {
       tiles.push_back({static_cast<int32_t>(q[b] + i),
                        static_cast<int32_t>(std::min<int64_t>(kSelectQueries, queries - i)), starts(keys, b),
@@ -47,6 +45,36 @@ void check_key_counts(const IntArray& keys, const IntArray& tokens, int64_t size
 
 }  // namespace
 
+void check_selection(const SelectSizes& s, const Tensor& q_indptr, int64_t num_queries,
+                     const Tensor& cmp_indptr, int64_t num_keys, const Tensor& token_indptr) {
+  const auto at_least = [](int64_t least, int64_t n, const char* name) {
+    require(n >= least && n <= INT_MAX, name, text("at least ", least, " and below 2^31"), n);
+  };
+  const auto is_multiple = [&](int64_t n, const char* name) {
+    at_least(1, n, name);
+    require(n % s.kernel_stride == 0, name, text("a multiple of kernel_stride ", s.kernel_stride), n);
+  };
+  at_least(1, s.kernel_stride, "kernel_stride");
+  is_multiple(s.kernel_size, "kernel_size");
+  is_multiple(s.block_size, "block_size");
+  at_least(0, s.init_blocks, "init_blocks");
+  at_least(0, s.local_blocks, "local_blocks");
+  at_least(1, s.topk, "topk");
+  require(s.topk >= s.init_blocks + s.local_blocks, "topk",
+          text("at least init_blocks + local_blocks = ", s.init_blocks + s.local_blocks), s.topk);
+  const IntArray queries = check_indptr(q_indptr, "cu_seqlens", num_queries, "rows of q"),
+                 keys = check_indptr(cmp_indptr, "cu_seqlens_cmp", num_keys, "rows of k_cmp"),
+                 tokens = check_indptr(token_indptr, "cu_seqlens_k", -1, "tokens");
+  check(queries.size == keys.size && queries.size == tokens.size, "cu_seqlens_cmp and cu_seqlens_k must be [",
+        queries.size, "] like cu_seqlens, got [", keys.size, "] and [", tokens.size, "]");
+  for (int64_t b = 0; b + 1 < queries.size; ++b) {
+    const int64_t n = queries[b + 1] - queries[b], m = tokens[b + 1] - tokens[b];
+    check(m >= n, "cu_seqlens_k must be such that a sequence has its queries, got ", n, " in ", m,
+          " tokens of sequence ", b);
+  }
+  check_key_counts(keys, tokens, s.kernel_size, s.kernel_stride);
+}
+
 Tensor select_blocks_op(const Tensor& q, const Tensor& k_cmp, const Tensor& lse, const Tensor& q_indptr,
                         const Tensor& cmp_indptr, const Tensor& token_indptr, int64_t kernel_size,
                         int64_t kernel_stride, int64_t block_size, int64_t topk, int64_t init_blocks,
@@ -66,26 +94,13 @@ Tensor select_blocks_op(const Tensor& q, const Tensor& k_cmp, const Tensor& lse,
   check_dtype(lse, "lse", {state_type(p.dtype)});
   check_shape(lse, "lse", "[Nq, Hq]", {q.size(0), q.size(1)});
   check_contiguous(lse, "lse");
-  const auto is_size = [](int64_t n) { return n > 0 && n <= INT_MAX; };
-  require(is_size(kernel_stride), "kernel_stride", "at least 1", kernel_stride);
-  require(is_size(kernel_size) && kernel_size % kernel_stride == 0, "kernel_size",
-          text("a multiple of kernel_stride ", kernel_stride), kernel_size);
-  require(is_size(block_size) && block_size % kernel_stride == 0, "block_size",
-          text("a multiple of kernel_stride ", kernel_stride), block_size);
-  require(init_blocks >= 0 && init_blocks <= INT_MAX, "init_blocks", "at least 0", init_blocks);
-  require(local_blocks >= 0 && local_blocks <= INT_MAX, "local_blocks", "at least 0", local_blocks);
-  require(topk <= INT_MAX && topk >= std::max<int64_t>(1, init_blocks + local_blocks), "topk",
-          text("at least 1 and init_blocks + local_blocks = ", init_blocks + local_blocks), topk);
   require(std::isfinite(scale), "scale", "finite", scale);
   require(k_cmp.size(0) <= INT_MAX, "k_cmp", "of less than 2^31 rows", k_cmp.size(0));
 
-  const IntArray queries = check_indptr(q_indptr, "cu_seqlens", q.size(0), "rows of q"),
-                 keys = check_indptr(cmp_indptr, "cu_seqlens_cmp", key_start.has_value() ? -1 : k_cmp.size(0),
-                                     "rows of k_cmp"),
-                 tokens = check_indptr(token_indptr, "cu_seqlens_k", -1, "tokens");
-  check(queries.size == keys.size && queries.size == tokens.size, "cu_seqlens_cmp and cu_seqlens_k must be [",
-        queries.size, "] like cu_seqlens, got [", keys.size, "] and [", tokens.size, "]");
-  check_key_counts(keys, tokens, kernel_size, kernel_stride);
+  check_selection({kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks}, q_indptr,
+                  q.size(0), cmp_indptr, key_start.has_value() ? -1 : k_cmp.size(0), token_indptr);
+  const IntArray queries = int_array(q_indptr, "cu_seqlens"), keys = int_array(cmp_indptr, "cu_seqlens_cmp"),
+                 tokens = int_array(token_indptr, "cu_seqlens_k");
   const std::vector<SelectTile> tiles =
       make_tiles(queries, keys, key_starts(key_start, "cmp_starts", keys, k_cmp.size(0)), tokens);
 

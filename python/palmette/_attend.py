@@ -54,6 +54,38 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"heads of q must be a positive multiple of k's {k.shape[1]}, got {q.shape[1]}")
 
 
+def _check_overlap(out: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raises ValueError where two elements of out, or one of out and one of an input, share memory."""
+    reach = 1
+    for step, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and step < reach:
+            raise ValueError(
+                f"out must have memory of its own for every element, got strides {out.stride()} of "
+                f"{list(out.shape)}"
+            )
+        reach += (size - 1) * step if size > 0 else 0
+
+    def extent(x: Tensor, dims: slice = slice(None)) -> int:
+        sizes = zip(x.stride()[dims], x.shape[dims], strict=True)
+        return 1 + sum((size - 1) * step for step, size in sizes)
+
+    for x in inputs:
+        if out.numel() == 0 or x.numel() == 0:
+            continue
+        if out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+            continue
+        begins = out.storage_offset(), x.storage_offset()
+        if begins[0] >= begins[1] + extent(x) or begins[1] >= begins[0] + extent(out):
+            continue
+        # parts of the tokens of one tensor, as of [N, heads, D], side by side
+        if x.dim() == 3 and x.stride(0) == out.stride(0) > 0 and x.dtype == out.dtype:
+            places = [begin % out.stride(0) for begin in begins]
+            ends = [a + extent(t, slice(1, None)) for a, t in zip(places, (out, x), strict=True)]
+            if max(ends) <= out.stride(0) and (ends[0] <= places[1] or ends[1] <= places[0]):
+                continue
+        raise ValueError("out must have memory of its own, got one that shares memory with an input")
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -95,11 +127,13 @@ def attend(
         raise ValueError(f"out must have memory of its own for every element, got strides {out.stride()}")
     if out.stride(2) != 1 and out.shape[2] > 1:
         raise ValueError(f"out must be contiguous in its last dimension, got stride {out.stride(2)}")
-    needs_grad = any(x is not None and x.requires_grad for x in (q, k, v, sinks))
-    if torch.is_grad_enabled() and needs_grad:
+    inputs = [x for x in (q, k, v, sinks) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, out)):
         raise ValueError(
             "out must be None where gradients are wanted, got a tensor: call under torch.no_grad()"
         )
+    if not torch.compiler.is_compiling():
+        _check_overlap(out, inputs)
     lse = q.new_empty(q.shape[:2], dtype=state_dtype(q.dtype))
     _library.call(_ops.attend_out.default, *args, out, lse, item_query)
     return out, lse

@@ -16,16 +16,16 @@ _ops = torch.ops.palmette
 
 # On a CPU: rows of q (queries and heads) that a block of keys should meet at once, and the bytes that q and
 # out of a tile of queries may take, a share of the last cache (docs/performance.md, "Sparse attention").
-_ROWS_PER_BLOCK = 64
-_TILE_BYTES = 2 << 20
+ROWS_PER_BLOCK = 64
+TILE_BYTES = 2 << 20
 # On a GPU: rows that share one fetch of a block's K and V.
 _TASK_ROWS_GPU = 512
 
 
-def tile_queries(group: int, width: int) -> tuple[int, int]:
+def _tile_queries(group: int, width: int) -> tuple[int, int]:
     """How few and how many queries a tile of a CPU's plan for chosen blocks may have."""
-    least = max(1, _ROWS_PER_BLOCK // group)
-    return least, max(least, _TILE_BYTES // (4 * width) // group)
+    least = max(1, ROWS_PER_BLOCK // group)
+    return least, max(least, TILE_BYTES // (4 * width) // group)
 
 
 def plan_by_tiles(
@@ -41,7 +41,7 @@ def plan_by_tiles(
     """The nine tables of a plan for chosen blocks, of a CPU: in tiles of queries."""
     heads, num_queries, slots = block_index.shape
     num_keys, sequences = k.shape[0], queries.shape[0] - 1
-    least, most = tile_queries(q.shape[1] // heads, q.shape[2] + v.shape[2])
+    least, most = _tile_queries(q.shape[1] // heads, q.shape[2] + v.shape[2])
     blocks = num_keys // block_size + 1
     segments = num_keys // block_size + sequences
     if starts is not None:  # sequences may share rows, and rows be nobody's
@@ -158,8 +158,8 @@ def _plan_selection_fake(
     kv_indptr: Tensor,
     num_keys: int,
     block_size: int,
-    min_tile_queries: int,
-    max_tile_queries: int,
+    min__tile_queries: int,
+    max__tile_queries: int,
     segment_capacity: int,
     item_capacity: int,
     task_capacity: int,

@@ -35,9 +35,13 @@ def lengths(indptr: Tensor) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(starts)]
 
 
-def sequence_starts(name: str, indptr: Tensor, total: int, of_what: str) -> list[int]:
+def sequence_starts(name: str, indptr: Tensor, total: int | None, of_what: str) -> list[int]:
+    """Checks where sequences begin; total: the last one's end, None: anywhere."""
+    check_dtype(name, indptr, INDEX)
     starts: list[int] = check_indptr(name, indptr, indptr.device).tolist()
-    if starts[0] != 0 or starts[-1] != total:
+    if total is None and starts[0] != 0:
+        raise ValueError(f"{name} must begin with 0, got {starts[0]}")
+    if total is not None and (starts[0] != 0 or starts[-1] != total):
         raise ValueError(f"{name} must be from 0 to {total} ({of_what}), got {starts[0]} to {starts[-1]}")
     if any(a > b for a, b in itertools.pairwise(starts)):
         raise ValueError(f"{name} must be non-decreasing, got {starts}")
@@ -49,6 +53,8 @@ def sequences(
 ) -> tuple[Tensor, Tensor]:
     """Where the queries and the tokens of sequences begin."""
     queries = check_indptr("cu_seqlens", cu_seqlens, q.device)
+    if not torch.compiler.is_compiling():
+        sequence_starts("cu_seqlens", queries, q.shape[0], "rows of q")
     if cu_seqlens_k is None:
         if k is not None and k.shape[0] != q.shape[0]:
             raise ValueError(
@@ -58,6 +64,7 @@ def sequences(
     tokens = check_indptr("cu_seqlens_k", cu_seqlens_k, q.device)
     check_shape("cu_seqlens_k", tokens, "[B + 1] like cu_seqlens", queries.shape)
     if not torch.compiler.is_compiling():
+        sequence_starts("cu_seqlens_k", tokens, None if k is None else k.shape[0], "rows of k")
         for b, (n, m) in enumerate(zip(lengths(queries), lengths(tokens), strict=True)):
             if m < n:
                 raise ValueError(

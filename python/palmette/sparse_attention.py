@@ -26,7 +26,7 @@ from palmette._checks import (
     check_number,
     check_shape,
 )
-from palmette._selection import plan_by_blocks, plan_by_tiles, tile_queries
+from palmette._selection import ROWS_PER_BLOCK, TILE_BYTES, plan_by_blocks, plan_by_tiles
 from palmette._varlen import key_starts, lengths, packed_ends, plan_sequences, sequence_starts, sequences
 
 _ops = torch.ops.palmette
@@ -209,9 +209,12 @@ def compressed_attention(
     Source: NSA (arXiv 2502.11089), section 3.3.1.
     """
     check_inputs(q, k_cmp, v_cmp)
-    check_at_least(1, kernel_size=kernel_size, kernel_stride=kernel_stride)
+    _check_sizes(kernel_size=kernel_size, kernel_stride=kernel_stride)
     queries, tokens = sequences(q, cu_seqlens, cu_seqlens_k, None)
     keys = check_indptr("cu_seqlens_cmp", cu_seqlens_cmp, q.device)
+    if not torch.compiler.is_compiling():
+        rows = k_cmp.shape[0] if cmp_starts is None else None
+        sequence_starts("cu_seqlens_cmp", keys, rows, "rows of k_cmp")
     _check_compressed(tokens, keys, kernel_size, kernel_stride)
     plan = plan_sequences(
         q,
@@ -276,6 +279,8 @@ def select_blocks(
     check_device("k_cmp", k_cmp, q.device)
     if k_cmp.shape[2] != q.shape[2]:
         raise ValueError(f"head_dim of k_cmp must be q's {q.shape[2]}, got {k_cmp.shape[2]}")
+    if q.shape[2] == 0:
+        raise ValueError("head_dim of q must be positive, got 0")
     if k_cmp.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k_cmp.shape[1]:
         raise ValueError(
             f"heads of q must be a positive multiple of k_cmp's {k_cmp.shape[1]}, got {q.shape[1]}"
@@ -286,6 +291,8 @@ def select_blocks(
     check_selection_sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
     queries, tokens = sequences(q, cu_seqlens, cu_seqlens_k, None)
     keys = check_indptr("cu_seqlens_cmp", cu_seqlens_cmp, q.device)
+    if scale is not None:
+        check_number("scale", scale, -MAX_SCALE, MAX_SCALE)
     q, k_cmp = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k_cmp))
     index: Tensor = _library.call(
         _ops.select_blocks.default,
@@ -350,7 +357,7 @@ def selected_attention(
         loops, here within tiles of queries on a CPU.
     """
     check_inputs(q, k, v)
-    check_at_least(1, block_size=block_size)
+    _check_sizes(block_size=block_size)
     check_dtype("block_index", block_index, [torch.int32])
     check_dim("block_index", block_index, "[Hk, Nq, n]")
     if block_index.shape[:2] != (k.shape[1], q.shape[0]):
@@ -443,15 +450,15 @@ def attend_branches(
     Raises:
         ValueError: inputs do not fit each other, or sequences are not as described.
     """
-    check_number("scale", q.shape[2] ** -0.5 if scale is None else scale, -MAX_SCALE, MAX_SCALE)
-    least, most = tile_queries(q.shape[1] // selected[0].shape[1], q.shape[2] + selected[1].shape[2])
+    if scale is not None:
+        check_number("scale", scale, -MAX_SCALE, MAX_SCALE)
     tensors = (q, *compressed, *selected, *window, gates)
     if torch.is_grad_enabled():
         names = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
         for name, x in zip(names, tensors, strict=True):
             if x.requires_grad:
                 raise ValueError(f"{name} must not need a gradient, got one that does")
-    rows = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors[:-1])
+    rows = (x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous() for x in tensors[:-1])
     out: Tensor = _library.call(
         _ops.sparse_branches.default,
         *rows,
@@ -466,9 +473,9 @@ def attend_branches(
         init_blocks,
         local_blocks,
         window_size,
-        q.shape[2] ** -0.5 if scale is None else float(scale),
-        least,
-        most,
+        scale,
+        ROWS_PER_BLOCK,
+        TILE_BYTES,
         *starts,
     )
     return out
@@ -480,6 +487,13 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 # ---- checks
+
+
+def _check_sizes(**sizes: int) -> None:
+    check_at_least(1, **sizes)
+    for name, size in sizes.items():
+        if size >= 2**31:
+            raise ValueError(f"{name} must be below 2^31, got {size}")
 
 
 def check_selection_sizes(

@@ -9,6 +9,7 @@ them.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -62,6 +63,14 @@ class SparseLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.sparse, self.columns = SparseKVCache(), 0
+
+    def crop(self, max_length: int) -> None:
+        """Raises ValueError where that would take tokens back, as assisted generation does."""
+        if max_length < 0 or max_length < self.columns:
+            raise ValueError(
+                "past_key_values of palmette_nsa must keep its tokens, which compressed keys are made of, "
+                f"got crop({max_length}) of {self.columns}"
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if len(self.sparse):
@@ -123,12 +132,16 @@ class SparseAttention(SparseBranches):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As the layer's own attention; attention_mask is 2-D (padding) or None.
 
+        Documents that are packed into a row, whose position_ids begin again with 0, do not see each other.
+
         Raises:
-            ValueError: attention_mask has more dimensions, or the cache holds another attention's tokens.
+            ValueError: attention_mask has more dimensions, position_ids neither go up by 1 nor begin again,
+                or the cache holds another attention's tokens.
         """
         batch, length = hidden_states.shape[:2]
         if attention_mask is not None and attention_mask.dim() != 2:
@@ -141,6 +154,9 @@ class SparseAttention(SparseBranches):
         x = hidden_states.flatten(0, 1) if valid is None else hidden_states[valid]
         counts = torch.full((batch,), length) if valid is None else valid.sum(1).cpu()
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+        if position_ids is not None and length > 1:
+            positions = position_ids.expand(batch, length)
+            ends = _documents(positions.flatten() if valid is None else positions[valid], ends)
         layer = None if past_key_values is None else self._layer(past_key_values)
         q, k = self.q_proj(x), self.k_proj(x)
         q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))
@@ -169,8 +185,36 @@ class SparseAttention(SparseBranches):
         return own
 
 
+def _documents(positions: Tensor, ends: Tensor) -> Tensor:
+    """Where sequences begin, if one also begins wherever positions [T] begin again with 0."""
+    positions = positions.cpu()
+    goes_on = torch.zeros(len(positions), dtype=torch.bool)
+    goes_on[1:] = positions[1:] == positions[:-1] + 1
+    goes_on[ends[:-1][ends[:-1] < len(positions)].long()] = True
+    begins = (~goes_on).nonzero().flatten()
+    if len(begins) == 0:
+        return ends
+    wrong = begins[positions[begins] != 0]
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            "position_ids must go up by 1, or begin again with 0 where a document begins, got "
+            f"{int(positions[at])} after {int(positions[at - 1])}"
+        )
+    return torch.cat([ends, begins.int()]).sort().values
+
+
 def convert(model: Any, **options: Any) -> Any:
     """``palmette.nn.convert_to_nsa``."""
+    known = set(inspect.signature(SparseBranches).parameters) - {"scale"}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"options must be of {', '.join(sorted(known))}, got {name}")
+    if not isinstance(options.get("compression", ""), str):
+        raise ValueError(
+            "compression must be mean, weighted or linear in a model that is saved by its config, got "
+            f"{options['compression']}"
+        )
     base = getattr(model, "base_model", None)
     layers = getattr(base, "layers", None)
     rotary = getattr(base, "rotary_emb", None)

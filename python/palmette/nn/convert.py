@@ -17,7 +17,7 @@ def convert_to_nsa(model: Any, **options: Any) -> Any:
         model: a ``PreTrainedModel`` whose layers have ``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj``,
             ``o_proj``.
         options: of ``NativeSparseAttention``: kernel_size, kernel_stride, block_size, topk, init_blocks,
-            local_blocks, window_size, gate, compression.
+            local_blocks, window_size, gate, compression (by name).
 
     Returns:
         The model.

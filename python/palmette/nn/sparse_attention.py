@@ -42,7 +42,8 @@ class SparseAttentionReport:
         longest: tokens of the longest sequence.
         selection: ``"blocks"``, or ``"dense"``: no sequence is longer than topk blocks, so queries select all
             that they see, and the selected branch is plain causal attention.
-        keys_read: keys that the three branches read for the last query of the longest sequence.
+        keys_read: keys that the three branches read at most, by whole blocks, for the last query of the longest
+            sequence.
     """
 
     queries: int
@@ -98,7 +99,10 @@ class SparseBranches(nn.Module):
             )
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
-        if isinstance(compression, str) and compression not in COMPRESSIONS:
+        pair = isinstance(compression, (tuple, list)) and len(compression) == 2
+        if not (
+            all(isinstance(part, nn.Module) for part in compression) if pair else compression in COMPRESSIONS
+        ):
             raise ValueError(
                 f"compression must be one of {', '.join(COMPRESSIONS)} or a pair of modules, got "
                 f"{compression!r}"
@@ -140,6 +144,10 @@ class SparseBranches(nn.Module):
         """Those that ``reset_branches`` sets: not a subclass's projections."""
         names = ("compress_key", "compress_value", "intra_block_pe", "gate")
         return [p for name, p in self.named_parameters() if name.partition(".")[0] in names]
+
+    def compression_parameters(self) -> list[nn.Parameter]:
+        """Those of phi."""
+        return [p for name, p in self.named_parameters() if name.startswith(("compress_", "intra_block_pe"))]
 
     def reset_branches(self) -> None:
         """Compression starts near the mean of a block; the gates as ``nn.Linear`` does."""
@@ -190,7 +198,8 @@ class SparseBranches(nn.Module):
             cache.begin(len(counts))
             past, past_cmp = cache.past, cache.past_compressed
         goes_on = any(past)
-        if goes_on and torch.is_grad_enabled() and q.requires_grad:
+        kept = (q, *keys, *values, *self.compression_parameters())
+        if goes_on and torch.is_grad_enabled() and any(t.requires_grad for t in kept):
             raise ValueError("cache must be empty where gradients are wanted, got one that holds tokens")
         positions = packed_positions(past, counts).to(x.device)
         q = self.rope(q, positions)

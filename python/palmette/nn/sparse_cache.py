@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from palmette._checks import INDEX, check_at_least, check_dim, check_dtype
 from palmette._varlen import packed_ends
 
 # A step of decoding: fewer calls of torch take less time than anything that they do.
@@ -39,11 +40,11 @@ class SparseKVCache:
     """
 
     def __init__(self, max_length: int = 0) -> None:
-        if max_length < 0:
-            raise ValueError(f"max_length must be at least 0, got {max_length}")
+        check_at_least(0, max_length=max_length)
         self.max_length = max_length
         self.past: list[int] = []
         self.past_compressed: list[int] = []
+        self._coming: dict[str, list[Tensor]] = {}  # tails as they are once the call that makes them ends
         self._rows: dict[str, Tensor] = {}  # [B, capacity, Hk, width] by name
         self._tails: dict[str, list[Tensor]] = {}  # raw tokens from the begin of the next window on
         self._empty: dict[str, Tensor] = {}  # no compressed rows, in their shape
@@ -72,8 +73,10 @@ class SparseKVCache:
         Raises:
             ValueError: the cache holds another number of sequences.
         """
-        if len(self) == 0:
+        self._coming = {}
+        if not any(self.past) and len(self) != num_sequences:
             self.past, self.past_compressed = [0] * num_sequences, [0] * num_sequences
+            self._rows, self._tails = {}, {}
         elif len(self) != num_sequences:
             raise ValueError(f"cache must be of {num_sequences} sequences, got one of {len(self)}")
 
@@ -95,6 +98,10 @@ class SparseKVCache:
         """
         needed = max((a + n for a, n in zip(before, counts, strict=True)), default=0)
         rows = self._rows.get(name)
+        if rows is not None and any(self.past):
+            self._check_rows(rows, x)
+        elif rows is not None and (rows.shape[2:] != x.shape[1:] or rows.dtype != x.dtype):
+            rows = None  # of a call that failed
         if rows is None or rows.shape[1] < needed:
             capacity = max(needed + needed // 2, 16)
             if rows is None:
@@ -113,7 +120,12 @@ class SparseKVCache:
         return every.index_copy_(0, self._places[1], x.detach())
 
     def advance(self, counts: list[int], compressed: list[int]) -> None:
-        """Says that so many tokens, and compressed rows, of each sequence have come."""
+        """Says that so many tokens, and compressed rows, of each sequence have come.
+
+        Until then a call may fail: the cache is as it was.
+        """
+        self._tails |= self._coming
+        self._coming = {}
         self.past = [a + n for a, n in zip(self.past, counts, strict=True)]
         self.past_compressed = [a + n for a, n in zip(self.past_compressed, compressed, strict=True)]
 
@@ -129,24 +141,44 @@ class SparseKVCache:
             size, stride: of the windows.
             function: raw tokens and cu_seqlens -> compressed rows and where each sequence's begin.
         """
-        old = self._tails.get(name) or [x[:0]] * len(counts)
+        old = (self._tails.get(name) if any(self.past) else None) or [x[:0]] * len(counts)
+        if old:
+            self._check_rows(old[0], x)
         raw = [torch.cat([a, b]) for a, b in zip(old, x.split(counts), strict=True)]
-        if name in self._tails and all(len(r) < size for r in raw):  # most steps of decoding
-            self._tails[name] = [r.detach() for r in raw]
+        if any(self.past) and all(len(r) < size for r in raw):  # most steps of decoding
+            self._coming[name] = [r.detach() for r in raw]
             return self._empty[name], [0] * len(counts)
         y, y_ends = function(torch.cat(raw) if raw else x, packed_ends([len(r) for r in raw]))
         self._empty[name] = y[:0].detach()
         made: list[int] = y_ends.diff().tolist()
-        self._tails[name] = [r[n * stride :].detach().clone() for r, n in zip(raw, made, strict=True)]
+        self._coming[name] = [r[n * stride :].detach().clone() for r, n in zip(raw, made, strict=True)]
         return y, made
+
+    def _check_rows(self, have: Tensor, x: Tensor) -> None:
+        """Raises ValueError unless x may stand behind what the cache has."""
+        if have.shape[-2:] != x.shape[-2:] or have.dtype != x.dtype:
+            raise ValueError(
+                f"cache must be of rows {list(x.shape[-2:])} of {x.dtype} as the tokens are, got one of "
+                f"{list(have.shape[-2:])} of {have.dtype}"
+            )
 
     def reorder(self, index: Tensor) -> None:
         """Sequence i becomes what sequence ``index[i]`` was, as beam search asks.
 
         Args:
             index: [B'], integers in [0, B).
+
+        Raises:
+            ValueError: index is of other sequences than the cache has.
         """
-        order = index.tolist()
+        check_dtype("index", index, INDEX)
+        check_dim("index", index, "[B]")
+        order: list[int] = index.tolist()
+        for i in order:
+            if not 0 <= i < len(self):
+                raise ValueError(
+                    f"index must be within [0, {len(self)}), the sequences of the cache, got {i}"
+                )
         self.past = [self.past[i] for i in order]
         self.past_compressed = [self.past_compressed[i] for i in order]
         for name, rows in self._rows.items():
