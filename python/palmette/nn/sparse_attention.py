@@ -42,8 +42,8 @@ class SparseAttentionReport:
         longest: tokens of the longest sequence.
         selection: ``"blocks"``, or ``"dense"``: no sequence is longer than topk blocks, so queries select all
             that they see, and the selected branch is plain causal attention.
-        keys_read: keys that the three branches read at most, by whole blocks, for the last query of the longest
-            sequence.
+        keys_read: keys that the three branches read at most, by whole blocks, for the last query of the
+            longest sequence.
     """
 
     queries: int
