@@ -19,13 +19,14 @@ namespace palmette {
 
 inline void ask_for_huge_pages(const Tensor& t) {
 #if defined(__linux__)
-  constexpr intptr_t kPage = 4096, kLarge = 32 << 20;
-  const auto bytes = static_cast<intptr_t>(t.numel() * static_cast<int64_t>(t.element_size()));
+  constexpr int64_t kPage = 4096, kLarge = 32 << 20;
+  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
   if (!t.is_cpu() || bytes < kLarge) return;
-  const auto begin = reinterpret_cast<intptr_t>(t.data_ptr()), first = (begin + kPage - 1) / kPage * kPage;
+  char* memory = static_cast<char*>(t.data_ptr());
+  const auto skipped =
+      static_cast<int64_t>(-reinterpret_cast<uintptr_t>(memory) % static_cast<uintptr_t>(kPage));
   // what it says is of no consequence
-  (void)madvise(reinterpret_cast<void*>(first), static_cast<size_t>((begin + bytes - first) / kPage * kPage),
-                MADV_HUGEPAGE);
+  (void)madvise(memory + skipped, static_cast<size_t>((bytes - skipped) / kPage * kPage), MADV_HUGEPAGE);
 #else
   (void)t;
 #endif
