@@ -198,9 +198,11 @@ class SparseBranches(nn.Module):
             cache.begin(len(counts))
             past, past_cmp = cache.past, cache.past_compressed
         goes_on = any(past)
-        kept = (q, *keys, *values, *self.compression_parameters())
-        if goes_on and torch.is_grad_enabled() and any(t.requires_grad for t in kept):
-            raise ValueError("cache must be empty where gradients are wanted, got one that holds tokens")
+        with_grad = torch.is_grad_enabled()
+        if goes_on and with_grad:
+            kept = (q, *keys, *values, *self.compression_parameters())
+            if any(t.requires_grad for t in kept):
+                raise ValueError("cache must be empty where gradients are wanted, got one that holds tokens")
         positions = packed_positions(past, counts).to(x.device)
         q = self.rope(q, positions)
 
@@ -240,8 +242,7 @@ class SparseBranches(nn.Module):
         longest = max(lengths, default=0)
         dense = longest <= self.topk * self.block_size
         gates = self.gate(x).unflatten(-1, (3, -1))  # [T, 3, Hq or 1]
-        of_gradients = (q, gates, *itertools.chain.from_iterable(pairs))
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in of_gradients)
+        needs_grad = with_grad and any(t.requires_grad for t in (q, gates, *itertools.chain(*pairs)))
         few = q.device.type == "cpu" and q.shape[0] <= FEW_QUERIES and gates.dtype == q.dtype
         if few and not needs_grad:
             mixed = attend_branches(
