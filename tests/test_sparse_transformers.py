@@ -241,6 +241,7 @@ def test_tokens_cannot_be_taken_back():
             {"compression": (torch.nn.Identity(), torch.nn.Identity())},
             r"^compression must be mean, weighted or",
         ),
+        ({"head_dim": 8}, r"^options must be of .*, got head_dim$"),
         ({"blocksize": 3}, r"^options must be of .*block_size.*, got blocksize$"),
     ],
     ids=str,

@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
-#include <optional>
+#include <initializer_list>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -32,9 +32,8 @@ inline void ask_for_huge_pages(const Tensor& t) {
 #endif
 }
 
-inline Tensor new_large(const Tensor& like, std::initializer_list<int64_t> sizes,
-                        std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor t = torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+inline Tensor new_large(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  Tensor t = torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
   ask_for_huge_pages(t);
   return t;
 }

@@ -63,7 +63,7 @@ Tensor attend_blocks(const Sequences& s, const Tensor& q, const Tensor& k, const
 }
 
 int64_t longest(const Tensor& indptr) {
-  const IntArray ends = check_indptr(indptr, "cu_seqlens_k", -1, "tokens");
+  const IntArray ends = int_array(indptr, "cu_seqlens_k");
   int64_t most = 0;
   for (int64_t b = 0; b + 1 < ends.size; ++b) most = std::max(most, ends[b + 1] - ends[b]);
   return most;
@@ -85,6 +85,8 @@ Tensor sparse_branches_op(const Tensor& q, const Tensor& k_cmp, const Tensor& v_
                                          {&v_slc, "v_slc", "[slots, Hk, Dv]"},
                                          {&k_win, "k_win", "[slots, Hk, D]"},
                                          {&v_win, "v_win", "[slots, Hk, Dv]"}}) {
+    check_device(*t, name, q, "q");
+    check_dtype(*t, name, {q.scalar_type()});
     check_dim(*t, name, symbols, 3);
     require(t->size(1) == k_cmp.size(1), name, text("of k_cmp's ", k_cmp.size(1), " heads"), t->size(1));
   }
@@ -106,15 +108,6 @@ Tensor sparse_branches_op(const Tensor& q, const Tensor& k_cmp, const Tensor& v_
   for (const auto& [t, name] : {std::pair{&k_cmp, "k_cmp"}, {&k_slc, "k_slc"}, {&k_win, "k_win"}})
     require(t->size(2) == head_dim && head_dim > 0, name, text("of q's positive head_dim ", head_dim),
             t->size(2));
-  for (const auto& [t, name] : {std::pair{&k_cmp, "k_cmp"},
-                                {&v_cmp, "v_cmp"},
-                                {&k_slc, "k_slc"},
-                                {&v_slc, "v_slc"},
-                                {&k_win, "k_win"},
-                                {&v_win, "v_win"}}) {
-    check_device(*t, name, q, "q");
-    check_dtype(*t, name, {q.scalar_type()});
-  }
   const SelectSizes sizes{kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks};
   check_selection(sizes, q_indptr, q.size(0), cmp_indptr, cmp_start.has_value() ? -1 : k_cmp.size(0),
                   token_indptr);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palmette import _library
 from palmette._device import on_device
-from palmette._varlen import lengths
+from palmette._varlen import sequence_lengths
 
 _ops = torch.ops.palmette
 
@@ -47,7 +47,7 @@ def plan_by_tiles(
     if starts is not None:  # sequences may share rows, and rows be nobody's
         segments = blocks * sequences
         if not torch.compiler.is_compiling():
-            sizes = [-(-n // block_size) for n in lengths(tokens)]
+            sizes = [-(-n // block_size) for n in sequence_lengths(tokens)]
             segments, blocks = sum(sizes), max(sizes, default=0)
     # A tile of a sequence of B blocks is least * B / slots queries, rounded down, within [least, most].
     items = heads * (2 * num_queries * slots // least + num_queries * blocks // most + segments)
@@ -133,7 +133,7 @@ def _blocks_of_sequences(
     queries: Tensor, tokens: Tensor, starts: Tensor | None, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """int32 segments [blocks, 6]; per query, of its sequence the first block and the number of blocks."""
-    asked, have = lengths(queries), lengths(tokens)
+    asked, have = sequence_lengths(queries), sequence_lengths(tokens)
     row = [0, *itertools.accumulate(asked)]
     key = [0, *itertools.accumulate(have)] if starts is None else starts.tolist()
     segments: list[list[int]] = []
@@ -158,8 +158,8 @@ def _plan_selection_fake(
     kv_indptr: Tensor,
     num_keys: int,
     block_size: int,
-    min__tile_queries: int,
-    max__tile_queries: int,
+    min_tile_queries: int,
+    max_tile_queries: int,
     segment_capacity: int,
     item_capacity: int,
     task_capacity: int,

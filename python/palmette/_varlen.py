@@ -30,8 +30,11 @@ def packed_ends(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def lengths(indptr: Tensor) -> list[int]:
-    starts = indptr.tolist()  # a step of decoding has no time for tensors of a few elements
+def sequence_lengths(indptr: Tensor) -> list[int]:
+    return _differences(indptr.tolist())  # a step of decoding has no time for tensors of a few elements
+
+
+def _differences(starts: list[int]) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(starts)]
 
 
@@ -52,9 +55,9 @@ def sequences(
     q: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Where the queries and the tokens of sequences begin."""
+    compiling = torch.compiler.is_compiling()
     queries = check_indptr("cu_seqlens", cu_seqlens, q.device)
-    if not torch.compiler.is_compiling():
-        sequence_starts("cu_seqlens", queries, q.shape[0], "rows of q")
+    begins = [] if compiling else sequence_starts("cu_seqlens", queries, q.shape[0], "rows of q")
     if cu_seqlens_k is None:
         if k is not None and k.shape[0] != q.shape[0]:
             raise ValueError(
@@ -63,9 +66,9 @@ def sequences(
         return queries, queries
     tokens = check_indptr("cu_seqlens_k", cu_seqlens_k, q.device)
     check_shape("cu_seqlens_k", tokens, "[B + 1] like cu_seqlens", queries.shape)
-    if not torch.compiler.is_compiling():
-        sequence_starts("cu_seqlens_k", tokens, None if k is None else k.shape[0], "rows of k")
-        for b, (n, m) in enumerate(zip(lengths(queries), lengths(tokens), strict=True)):
+    if not compiling:
+        have = sequence_starts("cu_seqlens_k", tokens, None if k is None else k.shape[0], "rows of k")
+        for b, (n, m) in enumerate(zip(_differences(begins), _differences(have), strict=True)):
             if m < n:
                 raise ValueError(
                     f"cu_seqlens_k must give a sequence at least its queries, got {m} tokens for {n} queries "

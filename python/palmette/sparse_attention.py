@@ -27,7 +27,14 @@ from palmette._checks import (
     check_shape,
 )
 from palmette._selection import ROWS_PER_BLOCK, TILE_BYTES, plan_by_blocks, plan_by_tiles
-from palmette._varlen import key_starts, lengths, packed_ends, plan_sequences, sequence_starts, sequences
+from palmette._varlen import (
+    key_starts,
+    packed_ends,
+    plan_sequences,
+    sequence_lengths,
+    sequence_starts,
+    sequences,
+)
 
 _ops = torch.ops.palmette
 
@@ -523,7 +530,7 @@ def _check_compressed(tokens: Tensor, keys: Tensor, kernel_size: int, kernel_str
         return
     check_shape("cu_seqlens_cmp", keys, "[B + 1] like cu_seqlens", tokens.shape)
     wanted = _compressed_lengths(tokens.tolist(), kernel_size, kernel_stride)
-    got = lengths(keys)
+    got = sequence_lengths(keys)
     if got != wanted:
         b = next(i for i, (a, c) in enumerate(zip(got, wanted, strict=True)) if a != c)
         raise ValueError(

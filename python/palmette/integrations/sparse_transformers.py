@@ -66,7 +66,7 @@ class SparseLayer(CacheLayerMixin):
 
     def crop(self, max_length: int) -> None:
         """Raises ValueError where that would take tokens back, as assisted generation does."""
-        if max_length < 0 or max_length < self.columns:
+        if max_length < self.columns:
             raise ValueError(
                 "past_key_values of palmette_nsa must keep its tokens, which compressed keys are made of, "
                 f"got crop({max_length}) of {self.columns}"
@@ -206,7 +206,8 @@ def _documents(positions: Tensor, ends: Tensor) -> Tensor:
 
 def convert(model: Any, **options: Any) -> Any:
     """``palmette.nn.convert_to_nsa``."""
-    known = set(inspect.signature(SparseBranches).parameters) - {"scale"}
+    of_the_model = {"hidden_size", "num_q_heads", "num_kv_heads", "head_dim", "scale"}
+    known = set(inspect.signature(SparseBranches).parameters) - of_the_model
     for name in options:
         if name not in known:
             raise ValueError(f"options must be of {', '.join(sorted(known))}, got {name}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from palmette._checks import check_at_least, check_indptr
-from palmette._varlen import packed_ends
+from palmette._varlen import packed_ends, sequence_lengths
 from palmette.nn.rotary import RotaryEmbedding
 from palmette.nn.sparse_cache import SparseKVCache, packed_positions
 from palmette.sparse_attention import (
@@ -142,12 +142,12 @@ class SparseBranches(nn.Module):
 
     def branch_parameters(self) -> list[nn.Parameter]:
         """Those that ``reset_branches`` sets: not a subclass's projections."""
-        names = ("compress_key", "compress_value", "intra_block_pe", "gate")
-        return [p for name, p in self.named_parameters() if name.partition(".")[0] in names]
+        return [*self.compression_parameters(), *self.gate.parameters()]
 
     def compression_parameters(self) -> list[nn.Parameter]:
         """Those of phi."""
-        return [p for name, p in self.named_parameters() if name.startswith(("compress_", "intra_block_pe"))]
+        names = ("compress_key", "compress_value", "intra_block_pe")
+        return [p for name, p in self.named_parameters() if name.partition(".")[0] in names]
 
     def reset_branches(self) -> None:
         """Compression starts near the mean of a block; the gates as ``nn.Linear`` does."""
@@ -192,7 +192,7 @@ class SparseBranches(nn.Module):
         Raises:
             ValueError: the cache is of other sequences.
         """
-        counts = [end - begin for begin, end in itertools.pairwise(cu_seqlens.tolist())]
+        counts = sequence_lengths(cu_seqlens)
         past, past_cmp = [0] * len(counts), [0] * len(counts)
         if cache is not None:
             cache.begin(len(counts))
@@ -266,7 +266,15 @@ class SparseBranches(nn.Module):
             )
         else:
             mixed = self._attend_and_mix(
-                q, pairs, gates, cu_seqlens, ends_cmp, tokens, begins, max(1, longest) if dense else None
+                q,
+                pairs,
+                gates,
+                cu_seqlens,
+                ends_cmp,
+                tokens,
+                begins,
+                dense_window=max(1, longest) if dense else None,
+                in_place=gates.dtype == q.dtype and not needs_grad,
             )
 
         if cache is not None:
@@ -290,11 +298,15 @@ class SparseBranches(nn.Module):
         ends_cmp: Tensor,
         tokens: Tensor,
         begins: Sequence[Tensor | None],
+        *,
         dense_window: int | None,
+        in_place: bool,
     ) -> Tensor:
         """What ``attend_branches`` does, branch by branch, differentiable; pairs and begins as there.
 
         dense_window: of the selected branch, where every query selects all blocks.
+        in_place: whether results may be added up where they are: new memory for a long sequence would cost
+            more than the sum.
         """
         (k_cmp, v_cmp), selected_pair, window_pair = pairs
         sizes: dict[str, Any] = {
@@ -330,9 +342,6 @@ class SparseBranches(nn.Module):
             )
         assert isinstance(selected, Tensor)
         gates = gates.unsqueeze(-1)
-        needs_grad = any(x.requires_grad for x in (gates, compressed, selected, *window_pair))
-        # new memory for a long sequence would cost more than the sum
-        in_place = gates.dtype == q.dtype and not (torch.is_grad_enabled() and needs_grad)
         if in_place:
             mixed = compressed.mul_(gates[:, 0]).addcmul_(gates[:, 1], selected)
         else:
