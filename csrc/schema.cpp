@@ -88,6 +88,19 @@ STABLE_TORCH_LIBRARY(palmette, m) {
       "Tensor bonus)");
   m.def("compact_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor src_slots, Tensor dst_slots) -> ()");
 
+  // codec: tensors as a few bits per element, for slow networks (docs/wire_format.md)
+  m.def("hadamard_transform(Tensor x, float scale, bool transpose) -> Tensor");
+  m.def("hadamard_transform_out(Tensor x, float scale, bool transpose, Tensor(a!) out) -> ()");
+  m.def(
+      "tah_encode(Tensor x, int tile_size, int low_bits, int high_bits, SymInt low_count, float threshold, "
+      "int allocation, int gate, int metadata, bool rounded, Tensor(a!) wire) -> ()");
+  m.def("tah_decode(Tensor wire, Tensor(a!) out) -> ()");
+  m.def("fixpoint_encode(Tensor x, SymInt[] groups, int bits, int grid, Tensor(a!) wire) -> ()");
+  m.def("fixpoint_decode(Tensor wire, Tensor(a!) out) -> ()");
+  m.def("delta_encode_(Tensor x, Tensor(a!) m, SymInt[] groups, int bits, int grid, Tensor(b!) wire) -> ()");
+  m.def("delta_decode_(Tensor wire, Tensor(a!) m) -> ()");
+  m.def("wire_status(Tensor wire) -> str");
+
   // core: which body of the kernels runs; palmette.testing and `python -m palmette env` call these
   m.def("_set_backend(str name) -> str");
   m.def("_backends() -> str");

@@ -12,6 +12,22 @@ _broken: Exception | None = None
 
 try:
     from palmette.cascade import cascade_attention, merge_state, merge_states
+    from palmette.codecs import (
+        CastCodec,
+        Codec,
+        FixpointCodec,
+        TahCodec,
+        delta_decode_,
+        delta_encode_,
+        fixpoint_decode,
+        fixpoint_encode,
+        fixpoint_wire_size,
+        hadamard_transform,
+        tah_decode,
+        tah_encode,
+        tah_wire_size,
+        wire_status,
+    )
     from palmette.sparse_attention import (
         compress,
         compressed_attention,
@@ -27,6 +43,10 @@ except (ImportError, RuntimeError) as error:  # raised on first use: `python -m 
     _broken = error
 
 __all__ = [
+    "CastCodec",
+    "Codec",
+    "FixpointCodec",
+    "TahCodec",
     "Tree",
     "TreeAttentionIO",
     "TreeAttentionPlan",
@@ -34,15 +54,25 @@ __all__ = [
     "compact_kv_",
     "compress",
     "compressed_attention",
+    "delta_decode_",
+    "delta_encode_",
+    "fixpoint_decode",
+    "fixpoint_encode",
+    "fixpoint_wire_size",
+    "hadamard_transform",
     "merge_state",
     "merge_states",
     "plan_tree_attention",
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
+    "tah_decode",
+    "tah_encode",
+    "tah_wire_size",
     "tree_attention",
     "verify_greedy",
     "verify_sample",
+    "wire_status",
 ]
 
 try:
