@@ -23,7 +23,7 @@ from palmette._checks import check_device, check_dtype, check_number, check_shap
 _ops = torch.ops.palmette
 
 ENCODED = (torch.float32, torch.bfloat16, torch.float16)
-HADAMARD_SIZES = "2^k or 12, 20, 28 or 40 times 2^k, up to 65536"
+HADAMARD_SIZES = "2^k or 12, 20, 28 or 40 times 2^k, up to 40960"
 HEADER_BYTES = 64
 _ALIGNMENT = 16  # of a wire's sections
 _ALLOCATIONS = ("none", "token", "tile")
@@ -47,7 +47,7 @@ def hadamard_transform(
 
     Args:
         x: [..., n]; float32, bfloat16 or float16 (float64 on the scalar backend). n is 2^k, or 12, 20, 28 or
-            40 times 2^k, up to 65,536. Other sizes raise: a row that is padded, transformed and cut is not
+            40 times 2^k, up to 40,960. Other sizes raise: a row that is padded, transformed and cut is not
             transformed by an orthogonal matrix.
         scale: a factor of the result. Sums are in float32, the result is rounded once.
         transpose: multiply by ``H`` instead of ``H.T``.
@@ -79,7 +79,7 @@ def hadamard_transform(
 def is_hadamard_size(n: int) -> bool:
     """Does ``hadamard_transform`` take rows of n elements?"""
     odd = n // (n & -n) if n > 0 else 0
-    return n <= 65536 and (odd == 1 or (odd in (3, 5, 7) and n % (4 * odd) == 0))
+    return n <= 40960 and (odd == 1 or (odd in (3, 5, 7) and n % (4 * odd) == 0))
 
 
 # ---- Hadamard tile quantization
