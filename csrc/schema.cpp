@@ -99,7 +99,6 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   m.def("fixpoint_decode(Tensor wire, Tensor(a!) out) -> ()");
   m.def("delta_encode_(Tensor x, Tensor(a!) m, SymInt[] groups, int bits, int grid, Tensor(b!) wire) -> ()");
   m.def("delta_decode_(Tensor wire, Tensor(a!) m) -> ()");
-  m.def("wire_status(Tensor wire) -> str");
 
   // core: which body of the kernels runs; palmette.testing and `python -m palmette env` call these
   m.def("_set_backend(str name) -> str");

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -88,45 +87,6 @@ double element(const Tensor& t, int64_t i) {
     default:
       return static_cast<const float*>(t.const_data_ptr())[i];
   }
-}
-
-// What a GPU has left in a header.
-std::string wire_status(const Tensor& header) {
-  check_cpu(header, "wire");
-  check_dtype(header, "wire", {ScalarType::Byte});
-  if (header.numel() < kHeaderBytes) return "the wire is cut off";
-  WireHeader h{};
-  std::memcpy(&h, header.const_data_ptr(), sizeof(h));
-  const std::string place = std::to_string(h.position);
-  switch (static_cast<WireStatus>(h.status)) {
-    case WireStatus::ok:
-      return "";
-    case WireStatus::not_finite:
-      return "x must be finite, got inf or nan in " +
-             (h.kind == static_cast<int>(WireKind::tah) ? "tile " + place : "slice " + place);
-    case WireStatus::out_of_range:
-      return "metadata must be of a dtype that holds the ranges of x, got fp16 for " +
-             (h.kind == static_cast<int>(WireKind::tah) ? "tile " + place : "slice " + place);
-    case WireStatus::cut:
-      return "the wire is cut off";
-    case WireStatus::magic:
-      return "the wire does not begin with PLMT";
-    case WireStatus::version:
-      return "the wire is of another version";
-    case WireStatus::kind:
-      return "the wire is of another codec";
-    case WireStatus::option:
-      return "the wire names options that do not exist";
-    case WireStatus::shape:
-      return "the wire is of another shape";
-    case WireStatus::size:
-      return "the wire is of another size than its header says";
-    case WireStatus::checksum:
-      return "the wire's bytes do not match its checksum";
-    case WireStatus::low_count:
-      return "the wire's bitmap does not have as many tokens of low_bits as its header says";
-  }
-  return "the wire's status is unknown";
 }
 
 }  // namespace
@@ -228,5 +188,3 @@ void throw_not_finite(const Tensor& x, int64_t begin, int64_t count, int64_t str
 }
 
 }  // namespace palmette
-
-STABLE_TORCH_LIBRARY_IMPL(palmette, CPU, m) { m.impl("wire_status", TORCH_BOX(&palmette::wire_status)); }

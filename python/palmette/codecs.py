@@ -9,6 +9,7 @@ writes the same bytes and reads the same numbers.
 from __future__ import annotations
 
 import math
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,22 @@ _ALLOCATIONS = ("none", "token", "tile")
 _GATES = ("never", "ratio", "range", "always")
 _METADATA = ("fp16", "fp32")
 _GRIDS = ("ac-sgd", "full-range")
+# by WireStatus of csrc/codec/wire.h
+_STATUS = (
+    "",
+    "x must be finite, got inf or nan in {place}",
+    "metadata must be of a dtype that holds the ranges of x, got a larger one in {place}",
+    "wire must be at least a header of 64 bytes, got fewer",
+    "wire must be bytes that begin with PLMT, got others",
+    "wire must be of version 1, got another",
+    "wire must be of the decoder's kind, got another",
+    "wire must be of known options, got others",
+    "shape must be of the wire's shape, got another",
+    "wire must be of the size that its header says, got another",
+    "wire must be of the checksum that its header says, got another",
+    "wire must be of as many rows of low_bits as its header says, got others",
+    "wire must be of a known status, got another",
+)
 
 
 # ---- the Hadamard transform
@@ -278,8 +295,12 @@ def wire_status(wire: Tensor) -> str:
     On the CPU ``tah_encode`` and its kin raise the same as an error.
     """
     check_dtype("wire", wire, (torch.uint8,))
-    status: str = _library.call(_ops.wire_status.default, wire[:HEADER_BYTES].cpu())
-    return status
+    if wire.dim() != 1 or wire.numel() < HEADER_BYTES:
+        raise ValueError(f"wire must be at least a header of {HEADER_BYTES} bytes, got {list(wire.shape)}")
+    header = bytes(wire[:HEADER_BYTES].cpu().tolist())
+    status, place = struct.unpack_from("<IQ", header, 52)
+    rows = "tile" if header[5] == 1 else "slice"
+    return _STATUS[min(status, len(_STATUS) - 1)].format(place=f"{rows} {place}")
 
 
 # ---- codecs as objects: what modules and pipelines take
@@ -629,8 +650,3 @@ def _delta_encode_fake(
 @torch.library.register_fake("palmette::delta_decode_")
 def _decode_fake(wire: Tensor, result: Tensor) -> None:
     return None
-
-
-@torch.library.register_fake("palmette::wire_status")
-def _wire_status_fake(wire: Tensor) -> str:
-    return ""
