@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from palmette._checks import check_at_least, check_device, check_dtype, check_shape
-from palmette.codecs import ENCODED, FixpointCodec, delta_decode_, delta_encode_
+from palmette.codecs import ENCODED, Codec, FixpointCodec, delta_decode_, delta_encode_
 
 _SCRATCH = b"PLMTROWS"  # begins the mapped file, so that no other file is taken for one
 _SNAPSHOT = b"PLMTSTO1"
@@ -441,6 +441,8 @@ class DeltaCodec:
         store: this end's, for no other edge.
         bits: per element of a delta, 2 .. 8.
         grid: as for ``palmette.codecs.fixpoint_encode``.
+        codec: for deltas, in the place of that fixed point: a ``TahCodec``, say. Its ``encode`` gets the
+            deltas as [rows, C] in float32.
 
     Raises:
         ValueError: an option is out of range.
@@ -448,10 +450,15 @@ class DeltaCodec:
     Source: AQ-SGD (arXiv 2206.01299), algorithm 1 (bits 2 .. 4 forward in its experiments).
     """
 
-    def __init__(self, store: ActivationStore, *, bits: int = 4, grid: str = "ac-sgd") -> None:
+    def __init__(
+        self, store: ActivationStore, *, bits: int = 4, grid: str = "ac-sgd", codec: Codec | None = None
+    ) -> None:
         if not isinstance(store, ActivationStore):
             raise ValueError(f"store must be an ActivationStore, got {type(store).__name__}")
-        self._fixpoint = FixpointCodec(bits, (0,), grid)
+        if codec is not None and not isinstance(codec, Codec):
+            raise ValueError(f"codec must be a Codec or None, got {type(codec).__name__}")
+        self.codec = FixpointCodec(bits, (0,), grid) if codec is None else codec
+        self._fused = codec is None  # one operator encodes and updates
         self.store = store
         self.bits = bits
         self.grid = grid
@@ -460,7 +467,8 @@ class DeltaCodec:
 
     def __repr__(self) -> str:
         """What both ends of an edge must agree on."""
-        return f"DeltaCodec({self.store!r}, bits={self.bits}, grid={self.grid!r})"
+        how = f"bits={self.bits}, grid={self.grid!r}" if self._fused else f"codec={self.codec!r}"
+        return f"DeltaCodec({self.store!r}, {how})"
 
     def plan(
         self, ids: Iterable[int] | Tensor, shape: Sequence[int], *, lengths: Sequence[int] | None = None
@@ -498,14 +506,14 @@ class DeltaCodec:
             visit = Visit(*([(group[i], entry) for i, entry in part] for part in visit))
             start = place + _ROUND_HEADER.size
             rows = sum(entry.length for _, entry in visit.hits)
-            end = start + (self._fixpoint.wire_size((rows, channels)) if rows else 0)
+            end = start + (self.codec.wire_size((rows, channels)) if rows else 0)
             misses = sum(entry.length for _, entry in visit.misses)
             stop = end + misses * channels * self.store.dtype.itemsize
             identity = np.array([[samples[i], sizes[i]] for i in group], "<i8").tobytes()
             rounds.append(_Round(visit, slice(start, end), slice(end, stop), identity))
             place = _aligned(stop)
         self._planned += 1
-        room = len(samples) * (_ROUND_HEADER.size + self._fixpoint.wire_size((0, channels)) + 2 * _ALIGNMENT)
+        room = len(samples) * (_ROUND_HEADER.size + self.codec.wire_size((0, channels)) + 2 * _ALIGNMENT)
         room += len(samples) * width * channels * self.store.dtype.itemsize
         return DeltaPlan(tuple(shape), place, room, tuple(rounds), self._planned)
 
@@ -545,7 +553,12 @@ class DeltaCodec:
             if hits:
                 m = self.store.read(hits).to(x.device)
                 rows = _gather(samples, part.visit.hits)
-                delta_encode_(rows, m, bits=self.bits, scale_dims=(0,), grid=self.grid, out=out[part.delta])
+                wire = out[part.delta]
+                if self._fused:
+                    delta_encode_(rows, m, bits=self.bits, scale_dims=(0,), grid=self.grid, out=wire)
+                else:
+                    self.codec.encode(rows.float() - m.float(), out=wire)
+                    self._add(wire, m)
                 self.store.write(hits, m)
             full = out[part.full]
             if part.visit.misses:
@@ -615,9 +628,15 @@ class DeltaCodec:
 
     def _updated(self, part: _Round, wire: Tensor) -> Tensor:
         m = self.store.read([entry for _, entry in part.visit.hits]).to(wire.device)
-        if part.visit.hits:
+        if part.visit.hits and self._fused:
             delta_decode_(wire[part.delta], m)
+        elif part.visit.hits:
+            self._add(wire[part.delta], m)
         return m
+
+    def _add(self, wire: Tensor, m: Tensor) -> None:
+        """What both ends do with a delta."""
+        m.copy_(m.float() + self.codec.decode(wire, m.shape))
 
     def _take_turn(self, plan: DeltaPlan) -> None:
         if plan.serial != self._done + 1:
