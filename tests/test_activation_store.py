@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from palmette import testing
-from palmette.codecs import FixpointCodec
+from palmette.codecs import FixpointCodec, TahCodec
 from palmette.pipelines.activation_store import ActivationStore, DeltaCodec
 from torch import Tensor
 
@@ -85,6 +85,23 @@ def test_error_shrinks_as_in_the_paper(bits):
         y, _ = ends.send(x, [0])
         bound = largest * 2.0 ** (-(bits - 1) * visit) * (1 + 1e-3)
         assert ((y - x).abs() <= bound).all()
+
+
+def test_deltas_with_another_codec():
+    """Hadamard tiles in the place of fixed point: smaller errors where outliers come and go."""
+    codec = TahCodec(tile_size=8, allocation="tile", gate="range")
+    ends = [DeltaCodec(make(), codec=codec) for _ in range(2)]
+    x = torch.randn(3, TOKENS, CHANNELS)
+    for visit in range(4):
+        x = x + 0.1 * torch.randn_like(x)
+        wire = ends[0].encode(x, [5, 6, 7])
+        got = ends[1].decode(wire, [5, 6, 7], x.shape)
+        assert ends[0].store.digest() == ends[1].store.digest()
+        assert (got - x).abs().max() < (0.1 if visit else 1e-2)
+    assert wire.numel() < 3 * TOKENS * CHANNELS
+    assert "codec=TahCodec(tile_size=8" in repr(ends[0])
+    with pytest.raises(ValueError, match="codec must be a Codec or None, got str"):
+        DeltaCodec(make(), codec="tah")
 
 
 def test_new_and_known_samples_share_a_wire():

@@ -357,8 +357,12 @@ class QuantPipelineStage(PipelineStage):
     def _operation(self, op: Callable[..., Any], wire: Tensor, place: _Place) -> dist.P2POp:
         operation = dist.P2POp(op, wire, self._resolve_peer_global_rank(place.peer), self.group)
         if self._watched:
-            operation.op = _Watched(op, place, self.timeout)
+            operation.op = _Watched(op, self._begin, place, self.timeout)
         return operation
+
+    def _begin(self, op: Callable[..., Any], tensor: Tensor, **options: Any) -> Any:
+        """Begins a transfer, where nothing is coalesced."""
+        return op(tensor, **options)
 
     # ---- torch's hooks: before the first microbatch
 
@@ -578,9 +582,12 @@ class _Place:
 class _Watched:
     """``isend`` or ``irecv`` whose errors are PipelineErrors, and whose wait has an end."""
 
-    def __init__(self, op: Callable[..., Any], place: _Place, timeout: float) -> None:
+    def __init__(
+        self, op: Callable[..., Any], begin: Callable[..., Any], place: _Place, timeout: float
+    ) -> None:
         self.__name__ = op.__name__
         self._op = op
+        self._begin = begin
         self._place = place
         self._timeout = timeout
 
@@ -597,7 +604,8 @@ class _Watched:
         peer = group_src if group_dst is None else group_dst
         action = "sending" if sends else "receiving"
         with self._place.watching(action, math.inf):
-            work = self._op(tensor, group=group, tag=tag, **{"group_dst" if sends else "group_src": peer})
+            end = {"group_dst" if sends else "group_src": peer}
+            work = self._begin(self._op, tensor, group=group, tag=tag, **end)
         return _WatchedWork(work, tensor, self._place, action, self._timeout)
 
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from ...integrations._extras import MissingExtraError, require
 from ..train_sparse import _bar, _without_stop
 from ..train_sparse.training import Budget, StoppedError
+from . import report
 from .link import slow_link
+from .run import Run
 from .settings import DEFAULT, METHODS, QUICK
 
 PURPOSE = "palmette train-pipeline"
@@ -75,9 +77,6 @@ def run(options: argparse.Namespace) -> int:
     """
     for package in ("matplotlib", "tqdm", "transformers"):
         require(package, PURPOSE, install="'palmette[demo]'")
-    from . import report
-    from .run import Run
-
     methods = options.methods.split(",")
     unknown = [method for method in methods if method not in METHODS]
     if unknown or "fp32" not in methods:

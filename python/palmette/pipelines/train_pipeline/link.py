@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
@@ -99,7 +98,7 @@ class _Namespaces(SlowLink):
             raise
 
     def _hold(self, command: list[str]) -> None:
-        """Starts a process in a new namespace; it ends when its input does, with this process at the latest."""
+        """Starts a process in a new namespace; it ends when its input does, with this one at the latest."""
         holder = subprocess.Popen(
             [*command, "sh", "-c", "echo ready; exec cat"],
             stdin=subprocess.PIPE,
@@ -179,7 +178,7 @@ class TokenBucket:
         self._lock = threading.Lock()
 
     def send(self, op: Any, tensor: Tensor, **options: Any) -> Any:
-        """``dist.isend`` whose message leaves when the link would have carried it."""
+        """``op`` (``dist.isend``), as soon as the link would have carried the message."""
         if self.rate is None:
             return op(tensor, **options)
         with self._lock:
@@ -209,15 +208,3 @@ class _Delayed:
         if self._error is not None:
             raise self._error
         return bool(self._work.wait(timeout) if timeout is not None else self._work.wait())
-
-
-def pace(bucket: TokenBucket) -> None:
-    """Has every ``dist.isend`` of this process go through a token bucket."""
-    plain = dist.isend
-
-    def isend(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        names = ("dst", "group", "tag", "group_dst")
-        return bucket.send(plain, tensor, **dict(zip(names, arguments, strict=False)), **options)
-
-    isend.__name__ = plain.__name__
-    dist.isend = isend

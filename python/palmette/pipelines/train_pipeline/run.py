@@ -56,7 +56,6 @@ class Pipeline:
             command += ["--settings", json.dumps(dataclasses.asdict(settings))]
             command += ["--master", link.address(), "--port", str(port)]
             command += [] if model is None else ["--model", model]
-            command += [] if link.shaped else ["--paced"]
             self.workers.append(
                 subprocess.Popen(
                     link.command(rank, command),

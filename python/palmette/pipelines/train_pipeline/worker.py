@@ -21,9 +21,24 @@ from torch.distributed.pipelining import ScheduleGPipe
 from ..activation_store import ActivationStore, DeltaCodec
 from ..pipeline_parallel import Edge, QuantPipelineStage
 from ..train_sparse.training import write_atomically
-from .link import TokenBucket, pace
+from .link import TokenBucket
 from .model import load_stage, load_windows, next_token_loss
 from .settings import METHODS, Settings
+
+
+class PacedStage(QuantPipelineStage):
+    """A stage that keeps to a rate by itself.
+
+    Attributes:
+        bucket: Says when a message may leave.
+    """
+
+    bucket = TokenBucket()
+
+    def _begin(self, op: Any, tensor: Tensor, **options: Any) -> Any:
+        if op is not dist.isend:
+            return op(tensor, **options)
+        return self.bucket.send(op, tensor, **options)
 
 
 class Worker:
@@ -53,7 +68,7 @@ class Worker:
         how = METHODS[method]
         self.forward_codec = how.forward(store)
         edge = Edge(forward=self.forward_codec, backward=how.backward)
-        self.stage = QuantPipelineStage(
+        self.stage = PacedStage(
             self.module,
             rank,
             2,
@@ -64,7 +79,6 @@ class Worker:
         )
         self.schedule = ScheduleGPipe(self.stage, settings.microbatches, loss_fn=next_token_loss)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), settings.learning_rate, weight_decay=0.0)
-        self.bucket = TokenBucket()
         self.steps = 0
 
     def samples_of(self, step: int) -> Tensor:
@@ -151,7 +165,7 @@ class Worker:
             case "load":
                 self.load(Path(command["path"]))
             case "rate":
-                self.bucket.rate = command["rate"]
+                self.stage.bucket.rate = command["rate"]
             case "digest":
                 return {"digest": self.digest()}
         return {}
@@ -166,15 +180,12 @@ def main() -> None:
     parser.add_argument("--master", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--timeout", type=float, required=True)
-    parser.add_argument("--paced", action="store_true")
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     torch.set_num_threads(1)
     settings = json.loads(options.settings)
     settings["ratios"] = tuple(settings["ratios"])
-    if options.paced:
-        pace(bucket := TokenBucket())
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://{options.master}:{options.port}",
@@ -183,8 +194,6 @@ def main() -> None:
         timeout=timedelta(seconds=options.timeout),
     )
     worker = Worker(options.rank, options.method, Settings(**settings), options.model, options.timeout)
-    if options.paced:
-        worker.bucket = bucket
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         try:
