@@ -98,7 +98,6 @@ def test_deltas_with_another_codec():
         got = ends[1].decode(wire, [5, 6, 7], x.shape)
         assert ends[0].store.digest() == ends[1].store.digest()
         assert (got - x).abs().max() < (0.1 if visit else 1e-2)
-    assert wire.numel() < 3 * TOKENS * CHANNELS
     assert "codec=TahCodec(tile_size=8" in repr(ends[0])
     with pytest.raises(ValueError, match="codec must be a Codec or None, got str"):
         DeltaCodec(make(), codec="tah")
