@@ -65,10 +65,7 @@ void encode_on_gpu(GpuLaunch& gpu, FixpointParams p, const WireHeader& header, c
   gpu.writes(to, "wire");
   gpu.writes(magnitudes, "magnitudes");
   gpu.writes(steps, "steps");
-  gpu.run("wire_begin", w);
-  gpu.run("fixpoint_scales", p);
-  gpu.run("fixpoint_encode", p);
-  gpu.run("wire_finish", w);
+  gpu.run("fixpoint_encode", FixpointLaunch{p, w});
   copy_back(wire, to);
   if (m != nullptr) copy_back(*m, *used);
   if (!wire.is_cpu()) return;
@@ -92,8 +89,7 @@ void decode_on_gpu(GpuLaunch& gpu, WireKind kind, DType dtype, const Tensor& wir
   gpu.writes(from, "wire");
   gpu.writes(to, delta ? "m" : "out");
   gpu.writes(sums, "sums");
-  gpu.run("wire_check", w);
-  gpu.run("fixpoint_decode", p);
+  gpu.run("fixpoint_decode", FixpointLaunch{p, w});
   copy_back(wire, from);
   copy_back(result, to);
 }

@@ -2,18 +2,18 @@
 // The Hadamard transform of rows on the GPU: out = scale * x (H_base (x) H_2^k)^T, with the butterflies of
 // kernel_hadamard_cpu.cpp in its order.
 //
-// A group of 32 lanes loads 256 elements, eight in each lane: distances 1, 2, 4 lie within a lane, 8 .. 128 between
-// lanes. Rows of up to 256 are done then, several to a group. Longer ones lie in shared memory as floats, one row
-// per block or as many as make 2048 elements: passes of up to three distances take two neighbours times eight per
-// thread, the last one from shared memory to `out`. Then comes the small matrix, a column of it per thread.
+// A group of 32 lanes loads 256 elements, eight in each lane: distances 1, 2, 4 lie within a lane, 8 .. 128
+// between lanes. Rows of up to 256 are done then, several to a group. Longer ones lie in shared memory as
+// floats, one row per block or as many as make 2048 elements: passes of up to three distances take two
+// neighbours times eight per thread, the last one from shared memory to `out`. Then comes the small matrix, a
+// column of it per thread.
 //
-// Where a small matrix meets rows of less than 32 columns, lanes take neighbouring elements instead, and in the end
-// each adds up one element of the result.
+// Where a small matrix meets rows of less than 32 columns, lanes take neighbouring elements instead, and in
+// the end each adds up one element of the result.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "codec/params.h"
 #include "codec/wire_gpu.cuh"
 
 namespace palmette::gpu {
@@ -29,12 +29,11 @@ template <class E>
 __global__ void __launch_bounds__(kRowThreads)
     hadamard_rows_kernel(const __grid_constant__ HadamardParams p) {
   const int64_t elements = p.rows * p.size;
-  const int64_t thread = int64_t{blockIdx.x} * kRowThreads + threadIdx.x;
+  const int64_t at = (int64_t{blockIdx.x} * (kRowThreads / kLanes) + warp()) * kTogether;
   const int size = static_cast<int>(p.size);
   const auto scale = static_cast<float>(p.scale);
-  const int64_t at = thread * kEach, count = elements - at;
-  float v[kEach] = {};
-  if (count > 0) load_some(static_cast<const E*>(p.x) + at, count, v);
+  float v[kEach];
+  load_group(static_cast<const E*>(p.x) + at, elements - at, v);
   butterflies_in_lane(v, size);
 #pragma unroll
   for (int d = 1; d < kLanes; d *= 2) {
@@ -42,14 +41,24 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 #pragma unroll
   for (int k = 0; k < kEach; ++k) v[k] = times(v[k], scale);
-  if (count > 0) store_some(static_cast<E*>(p.out) + at, count, v);
+  store_group(static_cast<E*>(p.out) + at, elements - at, v);
 }
 
 // ---- longer rows
 
-// Where element i lies: of the chunks of 16 bytes, pairs change places in every other 128 bytes, so that eight lanes
-// which store every other chunk meet eight different groups of banks.
+// Where element i lies: of the chunks of 16 bytes, pairs change places in every other 128 bytes, so that
+// eight lanes which store every other chunk meet eight different groups of banks.
 __device__ __forceinline__ int place_of(int i) { return i ^ (i >> 3 & 4); }
+
+__device__ __forceinline__ void store_two(float* to, float a, float b) {
+  store(reinterpret_cast<Pack<float, 2>*>(to), Pack<float, 2>{{a, b}});
+}
+__device__ __forceinline__ void store_two(bf16* to, float a, float b) {
+  *reinterpret_cast<uint32_t*>(to) = ptx::pack_bf16(a, b);
+}
+__device__ __forceinline__ void store_two(fp16* to, float a, float b) {
+  *reinterpret_cast<uint32_t*>(to) = ptx::pack_fp16(a, b);
+}
 
 // Distances h .. kRadix h / 2 of elements [0, count) of shared memory, two neighbours per thread.
 template <int kRadix, class Store>
@@ -99,8 +108,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
   for (int begin = warp() * kTogether; begin < count; begin += threads / kLanes * kTogether) {
     const int at = begin + lane() * kEach;
-    float v[kEach] = {};
-    if (at < count) load_each(x + at, v);  // counts are multiples of 8
+    float v[kEach];
+    load_group(x + begin, count - begin, v);  // counts are multiples of 8
     butterflies_in_lane(v, kEach);
 #pragma unroll
     for (int d = 1; d < kLanes; d *= 2) {
@@ -119,8 +128,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     const bool last = kBase == 1 && h * radix == width;
     const auto finish = [&](int i, Two two) {
       if (last) {
-        store(reinterpret_cast<Pack<E, 2>*>(out + i),
-              Pack<E, 2>{{narrow<E>(times(two.value[0], scale)), narrow<E>(times(two.value[1], scale))}});
+        store_two(out + i, times(two.value[0], scale), times(two.value[1], scale));
       } else {
         store(reinterpret_cast<Two*>(row + place_of(i)), two);
       }
@@ -203,8 +211,9 @@ void launch_long(const HadamardParams& p, const LaunchContext& context) {
     throw std::runtime_error("x must be of rows that fit the " + std::to_string(shared_limit()) +
                              " bytes of shared memory, got " + std::to_string(p.size) + " elements");
   const int64_t threads = std::min<int64_t>((elements / kEach + kLanes - 1) / kLanes * kLanes, kMostThreads);
-  launch("hadamard_transform", &hadamard_kernel<E, kBase>, dim3(static_cast<unsigned>((p.rows + rows - 1) / rows)),
-         dim3(static_cast<unsigned>(threads)), bytes, context, p, rows);
+  launch("hadamard_transform", &hadamard_kernel<E, kBase>,
+         dim3(static_cast<unsigned>((p.rows + rows - 1) / rows)), dim3(static_cast<unsigned>(threads)), bytes,
+         context, p, rows);
 }
 
 void hadamard_transform(const HadamardParams& p, const LaunchContext& context) {
@@ -212,11 +221,12 @@ void hadamard_transform(const HadamardParams& p, const LaunchContext& context) {
     if (p.base == 1 && p.size <= kTogether) {
       const int64_t each = int64_t{kRowThreads} * kEach;
       launch("hadamard_transform", &hadamard_rows_kernel<E>,
-             dim3(static_cast<unsigned>((p.rows * p.size + each - 1) / each)), dim3(kRowThreads), 0, context, p);
+             dim3(static_cast<unsigned>((p.rows * p.size + each - 1) / each)), dim3(kRowThreads), 0, context,
+             p);
       return;
     }
     if (p.size / p.base < kLanes) {
-      const int64_t rows = kBlock / p.size;
+      const int64_t rows = kBlock / p.size / 4 * 4;  // blocks begin with whole sectors
       launch("hadamard_transform", &hadamard_small_kernel<E>,
              dim3(static_cast<unsigned>((p.rows + rows - 1) / rows)), dim3(kRowThreads), sizeof(SmallShared),
              context, p, rows);

@@ -7,16 +7,16 @@
 //     tah_encode    x, bitmap            -> all other sections
 //     tah_decode    wire                 -> out
 //
-// A group of 32 lanes owns 32 neighbouring tiles, whose flags, pivots and metadata are whole words of the wire, and
-// goes through them 256 elements at a time, eight in each lane. What is known per tile is on all of its lanes; at
-// the end lane i has what the wire needs of tile i. Eight codes of b bits are b bytes, which lanes pass to each
-// other until they are words. Nothing goes through shared memory, and nothing is read or written twice.
+// A group of 32 lanes owns 32 neighbouring tiles, whose flags, pivots and metadata are whole words of the
+// wire, and goes through them 256 elements at a time, eight in each lane. What is known per tile is on all of
+// its lanes; at the end lane i has what the wire needs of tile i. Eight codes of b bits are b bytes, which
+// lanes pass to each other until they are words. Nothing goes through shared memory, and nothing is read or
+// written twice.
 //
-// Every operation that rounds is one of wire_gpu.cuh's, in the order of kernel_tah_cpu.cpp: the bytes must be those of
-// every other backend.
+// Every operation that rounds is one of wire_gpu.cuh's, in the order of kernel_tah_cpu.cpp: the bytes must be
+// those of every other backend.
 #include <algorithm>
 
-#include "codec/params.h"
 #include "codec/wire_gpu.cuh"
 
 namespace palmette::gpu {
@@ -31,7 +31,8 @@ constexpr int kTiles = 32;  // of a group
 __device__ __forceinline__ float log2_approximate(float a) {
   const auto bits = static_cast<int32_t>(__float_as_uint(a));
   const int32_t exponent = (bits - kSqrtHalf) >> 23;
-  const float f = minus(__int_as_float(bits - static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23)), 1.0f);
+  const float f =
+      minus(__int_as_float(bits - static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23)), 1.0f);
   constexpr float kFactors[6] = {kLog2[0], kLog2[1], kLog2[2], kLog2[3], kLog2[4], kLog2[5]};
   float p = kFactors[5];
 #pragma unroll
@@ -39,38 +40,39 @@ __device__ __forceinline__ float log2_approximate(float a) {
   return add(times(p, f), static_cast<float>(exponent));
 }
 
-// `lanes` lanes have a row. Lane i owns running sums kWidth i .. kWidth (i + 1) - 1, which are neighbours in memory.
+// `lanes` lanes have a row. Lane i owns running sums kEvery i .. kEvery (i + 1) - 1, which are neighbours in
+// memory.
 template <class E>
 __global__ void __launch_bounds__(kGroups* kLanes)
     tah_entropy_kernel(const __grid_constant__ TahParams p, int64_t rows, int64_t size, int lanes) {
-  constexpr int kWidth = 16 / sizeof(E);
+  constexpr int kEvery = kWidth<E>;
   const int64_t group = int64_t{blockIdx.x} * kGroups + warp();
   const int64_t row = group * (kLanes / lanes) + lane() / lanes;
-  const int64_t first = (lane() & (lanes - 1)) * kWidth;
+  const int64_t first = (lane() & (lanes - 1)) * kEvery;
   const bool exists = row < rows;
   const E* x = static_cast<const E*>(p.x) + (exists ? row * size : 0);
-  float s[kWidth] = {}, t[kWidth] = {};
+  float s[kEvery] = {}, t[kEvery] = {};
 #pragma unroll 4
   for (int64_t i = first; i < (exists ? size : 0); i += kEntropySums) {
-    const auto part = load(reinterpret_cast<const Pack<E, kWidth>*>(x + i));
+    const auto part = load(reinterpret_cast<const Pack<E, kEvery>*>(x + i));
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
+    for (int k = 0; k < kEvery; ++k) {
       const float a = magnitude(widen(part.value[k]));
       s[k] = add(s[k], a);
       t[k] = add(t[k], times(a, log2_approximate(a)));
     }
   }
 #pragma unroll
-  for (int d = kEntropySums / kWidth / 2; d > 0; d /= 2) {
+  for (int d = kEntropySums / kEvery / 2; d > 0; d /= 2) {
     if (d >= lanes) continue;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
+    for (int k = 0; k < kEvery; ++k) {
       s[k] = add(s[k], shuffle_xor(s[k], d));
       t[k] = add(t[k], shuffle_xor(t[k], d));
     }
   }
 #pragma unroll
-  for (int h = kWidth / 2; h > 0; h /= 2) {
+  for (int h = kEvery / 2; h > 0; h /= 2) {
 #pragma unroll
     for (int k = 0; k < h; ++k) {
       s[k] = add(s[k], s[k + h]);
@@ -98,15 +100,15 @@ __device__ __forceinline__ uint32_t ordered(float key) {
   return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
 }
 
-// A block owns a sample: it finds the low_count-th key, eight bits at a time, then sets the bits of what lies below it
-// and of the first that equal it.
+// A block owns a sample: it finds the low_count-th key, eight bits at a time, then sets the bits of what lies
+// below it and of the first that equal it.
 __global__ void __launch_bounds__(kSelectThreads, 1)
     tah_select_kernel(const __grid_constant__ TahParams p, int64_t rows) {
   SelectShared& shared = gpu::shared<SelectShared>();
   const int thread = static_cast<int>(threadIdx.x);
   const float* keys = p.entropies + int64_t{blockIdx.x} * rows;
-  uint32_t key = 0, known = 0;  // the bits found so far
-  if (thread == 0) shared.left = static_cast<int>(p.low_count);
+  uint32_t key = 0, known = 0;               // the bits found so far
+  int left = static_cast<int>(p.low_count);  // of those that begin like the key; the first group's
   for (int shift = 32 - kDigit; shift >= 0; shift -= kDigit) {
     if (thread < kBins) shared.bins[thread] = 0;
     __syncthreads();
@@ -128,7 +130,6 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     __syncthreads();
     if (warp() == 0) {
       constexpr int kMine = kBins / kLanes;
-      int left = shared.left;
       for (int i = 0; i < kMine; ++i) {  // 32 bins at a time
         const int count = shared.bins[i * kLanes + lane()];
         int sum = count;
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     key |= shared.digit << shift;
     known |= static_cast<uint32_t>(kBins - 1) << shift;
   }
-  int left = shared.left;  // of those that equal the key
+  left = shared.left;
 
   // Words of the bitmap; samples need not begin with one.
   const int64_t begin = int64_t{blockIdx.x} * rows, end = begin + rows;
@@ -271,38 +272,32 @@ __device__ __forceinline__ float root_of(int log2) {
 constexpr float kHuge = 1.2e36f;
 
 template <class E>
-__global__ void __launch_bounds__(kGroups* kLanes)
-    tah_encode_kernel(const __grid_constant__ TahParams p) {
+__global__ void __launch_bounds__(kGroups* kLanes) tah_encode_kernel(const __grid_constant__ TahParams p) {
   const TahOptions& o = p.options;
   const int log2 = o.tile_log2, lanes = 1 << (log2 - 3), together = kLanes / lanes;
   const int64_t first = (int64_t{blockIdx.x} * kGroups + warp()) * kTiles;
   if (first >= p.layout.tiles) return;
   const int count = static_cast<int>(min(p.layout.tiles - first, int64_t{kTiles}));
-  const LowTiles low = low_tiles(o.allocation, p.wire + p.layout.low, p.ones_before,
-                                 p.layout.tiles_per_token, first, count);
+  const LowTiles low =
+      low_tiles(o.allocation, p.wire + p.layout.low, p.ones_before, p.layout.tiles_per_token, first, count);
   const Stream stream(o.low_bits, o.high_bits, lanes, low.mask);
   uint8_t* codes = p.wire + p.layout.codes + TahLayout::code_bytes(o, low.before, first - low.before);
   const int mine = lane() & (lanes - 1);
   const uint32_t tile_mask = mates(lanes);
   const float root = root_of(log2);
-  const E* x = static_cast<const E*>(p.x) + (first << log2) + lane() * kEach;
+  const E* x = static_cast<const E*>(p.x) + (first << log2);
 
   uint32_t sent = 0;  // of tile lane(): the pivot, and 256 where it fired
   float sent_zero = 0, sent_step = 0;
   float next[kEach];
-  const auto prefetch = [&](int step) {
-#pragma unroll
-    for (int k = 0; k < kEach; ++k) next[k] = 0;
-    if (step * together + lane() / lanes < count) load_each(x + step * kTogether, next);
-  };
-  prefetch(0);
+  load_group(x, int64_t{count} << log2, next);
   for (int step = 0; step * together < count; ++step) {
     const int tile = step * together + lane() / lanes;
     const bool exists = tile < count;
     float v[kEach];
 #pragma unroll
     for (int k = 0; k < kEach; ++k) v[k] = next[k];
-    prefetch(step + 1);
+    load_group(x + (step + 1) * kTogether, (int64_t{count} << log2) - (step + 1) * kTogether, next);
 
     uint32_t top_bits = 0;  // a NaN is larger than all
 #pragma unroll
@@ -404,8 +399,7 @@ __global__ void __launch_bounds__(kGroups* kLanes)
       const float c = fminf(fmaxf(times(minus(v[k], zero), inverse), 0.0f), steps);
       code[k] = __float_as_uint(add(c, 12582912.0f)) - 0x4B400000u;
     }
-    store_codes(stream, step * together, count, exists ? pack_each(code, bits) : 0, codes,
-                Stream::kAnyRoom);
+    store_codes(stream, step * together, count, exists ? pack_each(code, bits) : 0, codes, Stream::kAnyRoom);
   }
 
   // what lane i has of tile i
@@ -415,7 +409,8 @@ __global__ void __launch_bounds__(kGroups* kLanes)
     if (o.metadata == Metadata::fp16) {
       reinterpret_cast<uint32_t*>(metadata)[first + lane()] = ptx::pack_fp16(sent_zero, sent_step);
     } else {
-      store(reinterpret_cast<Pack<float, 2>*>(metadata) + first + lane(), Pack<float, 2>{{sent_zero, sent_step}});
+      store(reinterpret_cast<Pack<float, 2>*>(metadata) + first + lane(),
+            Pack<float, 2>{{sent_zero, sent_step}});
     }
   }
   if (o.gate == Gate::ratio || o.gate == Gate::range) {
@@ -440,8 +435,7 @@ __global__ void __launch_bounds__(kGroups* kLanes)
 // ---- and back
 
 template <class E>
-__global__ void __launch_bounds__(kGroups* kLanes)
-    tah_decode_kernel(const __grid_constant__ TahParams p) {
+__global__ void __launch_bounds__(kGroups* kLanes) tah_decode_kernel(const __grid_constant__ TahParams p) {
   const WireHeader header = load_header(p.wire);
   E* out = static_cast<E*>(p.out);
   if (header.status != static_cast<uint32_t>(WireStatus::ok)) {
@@ -477,7 +471,8 @@ __global__ void __launch_bounds__(kGroups* kLanes)
       const uint8_t* metadata = p.wire + layout.metadata;
       if (o.metadata == Metadata::fp16) {
         const uint32_t both = reinterpret_cast<const uint32_t*>(metadata)[first + lane()];
-        sent = {{ptx::widen_fp16(static_cast<uint16_t>(both)), ptx::widen_fp16(static_cast<uint16_t>(both >> 16))}};
+        sent = {{ptx::widen_fp16(static_cast<uint16_t>(both)),
+                 ptx::widen_fp16(static_cast<uint16_t>(both >> 16))}};
       } else {
         sent = load(reinterpret_cast<const Pack<float, 2>*>(metadata) + first + lane());
       }
@@ -496,7 +491,7 @@ __global__ void __launch_bounds__(kGroups* kLanes)
       pivot_of_tile = static_cast<int>((uint64_t{end} << 32 | begin) >> (at % 32)) & ((1 << log2) - 1);
     }
 
-    E* to = out + (first << log2) + lane() * kEach;
+    E* to = out + (first << log2);
     for (int step = 0; step * together < count; ++step) {
       const int tile = step * together + lane() / lanes;
       const int bits = stream.bits(tile);
@@ -516,7 +511,7 @@ __global__ void __launch_bounds__(kGroups* kLanes)
 #pragma unroll
         for (int k = 0; k < kEach; ++k) v[k] = fires ? w[k] : v[k];
       }
-      if (tile < count) store_each(to + step * kTogether, v);
+      store_group(to + step * kTogether, (int64_t{count} << log2) - step * kTogether, v);
     }
   }
 }
@@ -528,48 +523,52 @@ dim3 blocks_of(int64_t groups) {
 }
 bool by_token(const TahParams& p) { return p.options.allocation == Allocation::token; }
 
-void tah_entropy(const TahParams& p, const LaunchContext& context) {
+void entropies(const TahParams& p, const LaunchContext& context) {
   const int64_t rows = by_token(p) ? p.layout.tokens : p.layout.tiles;
   const int64_t size = by_token(p) ? p.channels : int64_t{1} << p.options.tile_log2;
   with_element(p.dtype, [&]<class E>(E) {
-    constexpr int kWidth = 16 / sizeof(E);
     const bool whole = size >= kEntropySums || (size & (size - 1)) != 0;
-    const int lanes = static_cast<int>(whole ? kEntropySums : size) / kWidth;
+    const int lanes = static_cast<int>(whole ? kEntropySums : size) / kWidth<E>;
     launch("tah_entropy", &tah_entropy_kernel<E>, blocks_of((rows * lanes + kLanes - 1) / kLanes),
            dim3(kGroups * kLanes), 0, context, p, rows, size, lanes);
   });
 }
 
-void tah_select(const TahParams& p, const LaunchContext& context) {
-  const int64_t rows = by_token(p) ? p.length : p.length * p.layout.tiles_per_token;
-  launch("tah_select", &tah_select_kernel, dim3(static_cast<unsigned>(p.batch)), dim3(kSelectThreads),
-         sizeof(SelectShared), context, p, rows);
+void tah_encode(const TahLaunch& both, const LaunchContext& context) {
+  const TahParams& p = both.tah;
+  const TahLayout& l = p.layout;
+  begin_wire(both.wire, context);
+  if (p.low_count > 0) {
+    const int64_t rows = by_token(p) ? p.length : p.length * l.tiles_per_token;
+    entropies(p, context);
+    launch("tah_select", &tah_select_kernel, dim3(static_cast<unsigned>(p.batch)), dim3(kSelectThreads),
+           sizeof(SelectShared), context, p, rows);
+  }
+  if (p.options.allocation != Allocation::none && l.tiles > 0)
+    launch("tah_count", &tah_count_kernel, dim3(1), dim3(kCountThreads), sizeof(CountShared), context, p,
+           by_token(p) ? l.tokens : l.tiles);
+  if (l.tiles > 0) {
+    with_element(p.dtype, [&]<class E>(E) {
+      launch("tah_encode", &tah_encode_kernel<E>, blocks_of((l.tiles + kTiles - 1) / kTiles),
+             dim3(kGroups * kLanes), 0, context, p);
+    });
+  }
+  finish_wire(both.wire, context);
 }
 
-void tah_count(const TahParams& p, const LaunchContext& context) {
-  const int64_t rows = by_token(p) ? p.layout.tokens : p.layout.tiles;
-  launch("tah_count", &tah_count_kernel, dim3(1), dim3(kCountThreads), sizeof(CountShared), context, p, rows);
-}
-
-void tah_encode(const TahParams& p, const LaunchContext& context) {
-  with_element(p.dtype, [&]<class E>(E) {
-    launch("tah_encode", &tah_encode_kernel<E>, blocks_of((p.layout.tiles + kTiles - 1) / kTiles),
-           dim3(kGroups * kLanes), 0, context, p);
-  });
-}
-
-// How large tiles are is for the wire to say: groups of tiles of 64 elements each, who go on while there are more.
-void tah_decode(const TahParams& p, const LaunchContext& context) {
-  const int64_t elements = p.batch * p.length * p.channels;
+// How large tiles are is for the wire to say: groups of tiles of 64 elements each, who go on while there are
+// more.
+void tah_decode(const TahLaunch& both, const LaunchContext& context) {
+  const TahParams& p = both.tah;
+  const int64_t elements = both.wire.elements;
+  check_wire(both.wire, context);
+  if (elements == 0) return;
   with_element(p.dtype, [&]<class E>(E) {
     launch("tah_decode", &tah_decode_kernel<E>, blocks_of((elements + kTiles * 64 - 1) / (kTiles * 64)),
            dim3(kGroups * kLanes), 0, context, p);
   });
 }
 
-const Registration<&tah_entropy> entropy("tah_entropy");
-const Registration<&tah_select> select_rows("tah_select");
-const Registration<&tah_count> count_rows("tah_count");
 const Registration<&tah_encode> encode("tah_encode");
 const Registration<&tah_decode> decode("tah_decode");
 

@@ -1,22 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a wire begins and ends on a GPU, and whether it may be decoded.
 //
-//     wire_begin    the header, zeros where sections are padded, zeros where kernels will count
-//     wire_finish   the checksum; a fault goes from the header's `position` to `status` and `position`, and takes
-//                   the magic number with it: nobody shall take that for a wire
-//     wire_check    the checksum again, and what the header says; leaves a WireStatus in it
+//     wire_begin     the header, zeros where sections are padded, zeros where kernels will count
+//     wire_finish    the checksum; a fault goes from the header's `position` to `status` and `position`, and
+//     takes
+//                    the magic number with it: nobody shall take that for a wire
+//     wire_check     the checksum again, in parts
+//     wire_verdict   what the header says; leaves a WireStatus in it
 //
-// The checksum is linear. With x^n the polynomial of n bits, modulo Castagnoli's, it is the sum (exclusive or)
+// The checksum is linear. With x^n the polynomial of n bits, modulo Castagnoli's, it is the sum (exclusive
+// or)
 //
 //     c = sum_i word_i x^(32 (n - i))
 //
 // of all n words, the first with its bits inverted. A group of 32 lanes has rows of 512 bytes, 16 per lane; a
 // lane adds up its four columns of words by s = s x^4096 + word, for which it looks up eight times four bits.
-// Each bank has a copy of the tables, so lanes never meet. Then columns, lanes and groups are added, each times
-// the power of x that its place asks for. Zeros before a message change nothing, so the last row is a whole one.
+// Each bank has a copy of the tables, so lanes never meet. Then columns, lanes and groups are added, each
+// times the power of x that its place asks for. Zeros before a message change nothing, so the last row is a
+// whole one.
 #include <algorithm>
 
-#include "codec/params.h"
 #include "codec/wire_gpu.cuh"
 
 namespace palmette::gpu {
@@ -126,7 +129,8 @@ __global__ void __launch_bounds__(kThreads) wire_begin_kernel(const __grid_const
   constexpr int kWordsOfEnd = kSectionAlignment / 4;
   const int64_t section = index / kWordsOfEnd - 16, word = index % kWordsOfEnd;
   if (section < 0 || section >= 6) return;
-  const int64_t end = p.section_ends[section], begin = section == 0 ? kHeaderBytes : p.section_ends[section - 1];
+  const int64_t end = p.section_ends[section],
+                begin = section == 0 ? kHeaderBytes : p.section_ends[section - 1];
   const auto* cleared = reinterpret_cast<const uint8_t*>(p.cleared);
   if (end > begin && cleared != p.wire + begin)
     reinterpret_cast<uint32_t*>(p.wire + end - kSectionAlignment)[word] = 0;
@@ -172,7 +176,8 @@ __device__ __forceinline__ WireStatus verdict(const WireParams& p, const WireHea
   const auto outer = static_cast<int64_t>(h.sizes[0]), middle = static_cast<int64_t>(h.sizes[1]),
              inner = static_cast<int64_t>(h.sizes[2]);
   if (!tah)
-    return FixpointLayout::of(h.low_bits, outer, middle, inner).end == p.bytes ? WireStatus::ok : WireStatus::size;
+    return FixpointLayout::of(h.low_bits, outer, middle, inner).end == p.bytes ? WireStatus::ok
+                                                                               : WireStatus::size;
   if (middle != p.length || inner != p.channels || inner % (int64_t{1} << h.tile_log2) != 0)
     return WireStatus::shape;
   const TahOptions options = options_of(h);
@@ -214,28 +219,24 @@ __global__ void __launch_bounds__(kCountThreads, 1)
   if (status != WireStatus::not_finite && status != WireStatus::out_of_range) header->position = 0;
 }
 
-void wire_begin(const WireParams& p, const LaunchContext& context) {
+}  // namespace
+
+void begin_wire(const WireParams& p, const LaunchContext& context) {
   const int64_t blocks = (p.num_cleared + kThreads - 1) / kThreads;
   launch("wire_begin", &wire_begin_kernel, dim3(static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, 1024))),
          dim3(kThreads), 0, context, p);
 }
 
-void wire_finish(const WireParams& p, const LaunchContext& context) {
+void finish_wire(const WireParams& p, const LaunchContext& context) {
   launch("wire_finish", &wire_sum_kernel<false>, dim3(static_cast<unsigned>(wire_blocks(p))), dim3(kThreads),
          sizeof(SumShared), context, p);
 }
 
-void wire_check(const WireParams& p, const LaunchContext& context) {
+void check_wire(const WireParams& p, const LaunchContext& context) {
   const auto blocks = static_cast<unsigned>(wire_blocks(p));
   launch("wire_check", &wire_sum_kernel<true>, dim3(blocks), dim3(kThreads), sizeof(SumShared), context, p);
-  launch("wire_check", &wire_verdict_kernel, dim3(1), dim3(kCountThreads), sizeof(VerdictShared), context, p,
-         static_cast<int>(blocks));
+  launch("wire_verdict", &wire_verdict_kernel, dim3(1), dim3(kCountThreads), sizeof(VerdictShared), context,
+         p, static_cast<int>(blocks));
 }
-
-const Registration<&wire_begin> begin("wire_begin");
-const Registration<&wire_finish> finish("wire_finish");
-const Registration<&wire_check> check("wire_check");
-
-}  // namespace
 
 }  // namespace palmette::gpu

@@ -76,6 +76,16 @@ struct WireParams {
   int64_t* ones_before;                // tah: as TahParams has it
 };
 
+// What the launchers of a GPU's library take.
+struct TahLaunch {
+  TahParams tah;
+  WireParams wire;
+};
+struct FixpointLaunch {
+  FixpointParams fixpoint;
+  WireParams wire;
+};
+
 // Blocks that look at a wire for its checksum.
 constexpr int64_t kWireRow = 512, kWireGroups = 8;
 inline int64_t wire_blocks(const WireParams& p) {

@@ -125,8 +125,8 @@ int64_t batch_of(const Tensor& x) {
 
 // ---- on a GPU, without waiting for it
 
-// A count for each word of the bitmap, of which there is one bit per row; tah_decode knows the rows of no wire, and
-// makes room for tiles of 8.
+// A count for each word of the bitmap, of which there is one bit per row; tah_decode knows the rows of no
+// wire, and makes room for tiles of 8.
 Tensor ones_before(const Tensor& like, int64_t rows) {
   return torch::stable::new_empty(like, {rows / 32 + 4}, ScalarType::Long);
 }
@@ -151,14 +151,7 @@ void encode_on_gpu(GpuLaunch& gpu, TahParams p, const WireHeader& header, const 
   gpu.writes(to, "wire");
   gpu.writes(entropies, "entropies");
   gpu.writes(before, "ones_before");
-  gpu.run("wire_begin", w);
-  if (p.low_count > 0) {
-    gpu.run("tah_entropy", p);
-    gpu.run("tah_select", p);
-  }
-  if (rows > 0) gpu.run("tah_count", p);
-  if (l.tiles > 0) gpu.run("tah_encode", p);
-  gpu.run("wire_finish", w);
+  gpu.run("tah_encode", TahLaunch{p, w});
   copy_back(wire, to);
   if (!wire.is_cpu()) return;
   if (const uint64_t fault = take_fault(wire); fault != ~uint64_t{0}) throw_fault(p, given, fault);
@@ -185,8 +178,7 @@ void decode_on_gpu(GpuLaunch& gpu, TahParams p, const Tensor& wire, const Tensor
   gpu.writes(to, "out");
   gpu.writes(sums, "sums");
   gpu.writes(before, "ones_before");
-  gpu.run("wire_check", w);
-  if (w.elements > 0) gpu.run("tah_decode", p);
+  gpu.run("tah_decode", TahLaunch{p, w});
   copy_back(wire, from);
   copy_back(out, to);
 }

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "codec/arithmetic.h"
-#include "codec/wire.h"
+#include "codec/params.h"
 #include "gpu/numbers.cuh"
 
 #if defined(PALMETTE_HIP)
@@ -12,6 +12,15 @@
 #endif
 
 namespace palmette::gpu {
+
+// ---- kernel_wire_gpu.cu
+
+// The header, zeros where sections are padded, zeros where kernels will count.
+void begin_wire(const WireParams& p, const LaunchContext& context);
+// The checksum, and what went wrong.
+void finish_wire(const WireParams& p, const LaunchContext& context);
+// Leaves a WireStatus in the header, and counts rows of low_bits.
+void check_wire(const WireParams& p, const LaunchContext& context);
 
 // ---- arithmetic, each operation rounded by itself
 
@@ -34,28 +43,29 @@ __device__ __forceinline__ float rounded(float x) { return minus(add(x, 12582912
 
 // ---- eight neighbours per lane
 
-constexpr int kEach = 8;                  // elements
-constexpr int kTogether = kEach * kLanes; // of a group
+constexpr int kEach = 8;                   // elements
+constexpr int kTogether = kEach * kLanes;  // of a group
+
+template <class E>
+constexpr int kWidth = 16 / sizeof(E);  // elements that are loaded as one
 
 template <class E>
 __device__ __forceinline__ void load_each(const E* from, float (&v)[kEach]) {
-  constexpr int kWidth = 16 / sizeof(E);
 #pragma unroll
-  for (int i = 0; i < kEach; i += kWidth) {
-    const auto part = load(reinterpret_cast<const Pack<E, kWidth>*>(from + i));
+  for (int i = 0; i < kEach; i += kWidth<E>) {
+    const auto part = load(reinterpret_cast<const Pack<E, kWidth<E>>*>(from + i));
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) v[i + k] = widen(part.value[k]);
+    for (int k = 0; k < kWidth<E>; ++k) v[i + k] = widen(part.value[k]);
   }
 }
 template <class E>
 __device__ __forceinline__ void store_each(E* to, const float (&v)[kEach]) {
-  constexpr int kWidth = 16 / sizeof(E);
 #pragma unroll
-  for (int i = 0; i < kEach; i += kWidth) {
-    Pack<E, kWidth> part;
+  for (int i = 0; i < kEach; i += kWidth<E>) {
+    Pack<E, kWidth<E>> part;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) part.value[k] = narrow<E>(v[i + k]);
-    store(reinterpret_cast<Pack<E, kWidth>*>(to + i), part);
+    for (int k = 0; k < kWidth<E>; ++k) part.value[k] = narrow<E>(v[i + k]);
+    store(reinterpret_cast<Pack<E, kWidth<E>>*>(to + i), part);
   }
 }
 // The same of `count` elements; what is not there is 0.
@@ -72,6 +82,57 @@ __device__ __forceinline__ void store_some(E* to, int64_t count, const float (&v
   for (int k = 0; k < kEach; ++k) {
     if (k < count) to[k] = narrow<E>(v[k]);
   }
+}
+
+// A group's 256 neighbours, `count` of which exist; all lanes come here. Eight floats are two accesses of 16
+// bytes. Two lanes share theirs, so that each access has whole sectors of 32 bytes.
+__device__ __forceinline__ void swap_halves(float (&v)[kEach] PALMETTE_COMMA_SITE) {
+  const bool odd = (lane() & 1) != 0;
+#pragma unroll
+  for (int k = 0; k < kEach / 2; ++k) {
+    const float other = shuffle_xor(odd ? v[k] : v[k + kEach / 2], 1 PALMETTE_COMMA_PASS);
+    v[k] = odd ? other : v[k];
+    v[k + kEach / 2] = odd ? v[k + kEach / 2] : other;
+  }
+}
+template <class E>
+__device__ __forceinline__ void load_group(const E* from, int64_t count,
+                                           float (&v)[kEach] PALMETTE_COMMA_SITE) {
+  if constexpr (kWidth<E> < kEach) {
+    if (count >= kTogether) {
+      const auto* parts = reinterpret_cast<const Pack<E, 4>*>(from) + lane() / 2 * 4 + lane() % 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto part = load(parts + 2 * i);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[4 * i + k] = widen(part.value[k]);
+      }
+      return swap_halves(v PALMETTE_COMMA_PASS);
+    }
+  }
+  load_some(from + lane() * kEach, count - lane() * kEach, v);
+}
+template <class E>
+__device__ __forceinline__ void store_group(E* to, int64_t count,
+                                            const float (&v)[kEach] PALMETTE_COMMA_SITE) {
+  if constexpr (kWidth<E> < kEach) {
+    if (count >= kTogether) {
+      float w[kEach];
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) w[k] = v[k];
+      swap_halves(w PALMETTE_COMMA_PASS);
+      auto* parts = reinterpret_cast<Pack<E, 4>*>(to) + lane() / 2 * 4 + lane() % 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        Pack<E, 4> part;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) part.value[k] = narrow<E>(w[4 * i + k]);
+        store(parts + 2 * i, part);
+      }
+      return;
+    }
+  }
+  store_some(to + lane() * kEach, count - lane() * kEach, v);
 }
 
 // Butterflies (a, b) -> (a + b, a - b) at distances 1, 2, 4 within a lane, if below `size`.
@@ -163,8 +224,8 @@ __device__ __forceinline__ uint32_t part_of(uint64_t value, int distance) {
 // multiple of 4 bytes if tiles have 32 elements or more. Lane j writes words j, j + 32, ..: it looks up which
 // lanes have their bytes and fetches these. The first and last word may be another group's too, so of those
 // single bytes are written. There is room for `room` bytes.
-__device__ __forceinline__ void store_codes(const Stream& s, int first, int end, uint64_t value,
-                                            uint8_t* to, int room PALMETTE_COMMA_SITE) {
+__device__ __forceinline__ void store_codes(const Stream& s, int first, int end, uint64_t value, uint8_t* to,
+                                            int room PALMETTE_COMMA_SITE) {
   const int tiles = kLanes / s.lanes, start = s.offset(first);
   const int stop = min(s.offset(min(first + tiles, end)), start + room);
   const int skipped = static_cast<int>(reinterpret_cast<uintptr_t>(to + start) & 3u);
@@ -200,8 +261,8 @@ __device__ __forceinline__ void store_codes(const Stream& s, int first, int end,
 }
 
 // The other way: the bytes of this lane. Words are read once, but for those that two groups share.
-__device__ __forceinline__ uint64_t load_codes(const Stream& s, int first, int end,
-                                               const uint8_t* from, int room PALMETTE_COMMA_SITE) {
+__device__ __forceinline__ uint64_t load_codes(const Stream& s, int first, int end, const uint8_t* from,
+                                               int room PALMETTE_COMMA_SITE) {
   const int tiles = kLanes / s.lanes, start = s.offset(first);
   const int stop = min(s.offset(min(first + tiles, end)), start + room);
   const int skipped = static_cast<int>(reinterpret_cast<uintptr_t>(from + start) & 3u);
@@ -236,42 +297,39 @@ __device__ __forceinline__ uint64_t load_codes(const Stream& s, int first, int e
 
 // ---- what goes wrong
 
-// The lowest place is kept; the header holds ~0 there until wire_finish.
+// The lowest place is kept; the header holds ~0 there until finish_wire().
 __device__ __forceinline__ void note_fault(uint8_t* wire, int64_t place, WireStatus status) {
   atomicMin(reinterpret_cast<unsigned long long*>(wire + offsetof(WireHeader, position)),
             static_cast<unsigned long long>(place) * 16 + static_cast<unsigned long long>(status));
 }
 __device__ __forceinline__ bool has_fault(const uint8_t* wire) {
-  return *reinterpret_cast<const unsigned long long*>(wire + offsetof(WireHeader, position)) !=
-         ~0ULL;
-}
-
-// load_some() and store_some() of any dtype, from element `at` on.
-__device__ __forceinline__ void load_any(const void* from, DType dtype, int64_t at, int64_t count,
-                                         float (&v)[kEach]) {
-  if (dtype == DType::bf16) return load_some(static_cast<const bf16*>(from) + at, count, v);
-  if (dtype == DType::f16) return load_some(static_cast<const fp16*>(from) + at, count, v);
-  load_some(static_cast<const float*>(from) + at, count, v);
-}
-__device__ __forceinline__ void store_any(void* to, DType dtype, int64_t at, int64_t count,
-                                          const float (&v)[kEach]) {
-  if (dtype == DType::bf16) return store_some(static_cast<bf16*>(to) + at, count, v);
-  if (dtype == DType::f16) return store_some(static_cast<fp16*>(to) + at, count, v);
-  store_some(static_cast<float*>(to) + at, count, v);
+  return *reinterpret_cast<const unsigned long long*>(wire + offsetof(WireHeader, position)) != ~0ULL;
 }
 
 // A header on every lane of a group, which reads it once.
 __device__ __forceinline__ WireHeader load_header(const uint8_t* wire PALMETTE_COMMA_SITE) {
   constexpr int kWords = sizeof(WireHeader) / 4;
-  const uint32_t mine =
-      lane() < kWords ? reinterpret_cast<const uint32_t*>(wire)[lane()] : 0;
+  const uint32_t mine = lane() < kWords ? reinterpret_cast<const uint32_t*>(wire)[lane()] : 0;
   uint32_t word[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) word[i] = shuffle(mine, i PALMETTE_COMMA_PASS);
   const auto byte = [&](int i) { return static_cast<uint8_t>(word[i / 4] >> (i % 4 * 8)); };
   const auto wide = [&](int i) { return uint64_t{word[i + 1]} << 32 | word[i]; };
-  return {word[0],  byte(4), byte(5), byte(6), byte(7), byte(8),  byte(9),  byte(10),
-          byte(11), word[3], {wide(4), wide(6), wide(8)}, wide(10), word[12], word[13], wide(14)};
+  return {word[0],
+          byte(4),
+          byte(5),
+          byte(6),
+          byte(7),
+          byte(8),
+          byte(9),
+          byte(10),
+          byte(11),
+          word[3],
+          {wide(4), wide(6), wide(8)},
+          wide(10),
+          word[12],
+          word[13],
+          wide(14)};
 }
 __device__ __forceinline__ TahOptions options_of(const WireHeader& h) {
   return {h.tile_log2,
