@@ -13,6 +13,8 @@ commands:
   options)
   train-sparse
          train a small language model with native sparse attention beside a dense one (train-sparse --help)
+  train-pipeline
+         fine-tune SmolLM2 in two stages over a slow link, with and without codecs (train-pipeline --help)
   env    print the versions, the CPU, and the body in use: paste it into bug reports
 """
 
@@ -32,13 +34,19 @@ def _train_sparse(arguments: Sequence[str]) -> int:
     return train_sparse.main(list(arguments))
 
 
+def _train_pipeline(arguments: Sequence[str]) -> int:
+    from palmette.pipelines import train_pipeline
+
+    return train_pipeline.main(list(arguments))
+
+
 def _env(arguments: Sequence[str]) -> int:
     from palmette import collect_env
 
     return collect_env.main()
 
 
-COMMANDS = {"demo": _demo, "train-sparse": _train_sparse, "env": _env}
+COMMANDS = {"demo": _demo, "train-sparse": _train_sparse, "train-pipeline": _train_pipeline, "env": _env}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -133,8 +133,8 @@ def tah_encode(
         allocation: ``"token"``: low_bits for the tokens whose magnitudes have the lowest entropy; ``"tile"``:
             the same for tiles; ``"none"``: high_bits for all.
         gate: ``"ratio"`` fires where the largest magnitude is at least ``threshold`` times the second;
-            ``"range"`` where the transform makes the range of the tile smaller (*ours*: also with two and more
-            outliers, at twice the work); ``"never"``, ``"always"``. The receiver does not need to know.
+            ``"range"`` where the transform makes the range of the tile smaller (*ours*: also with several
+            outliers, at more work); ``"never"``, ``"always"``. The receiver does not need to know.
         metadata: dtype of a tile's zero point and step. ``"fp16"`` raises where they are beyond 65,504.
         rounded: codes refer to the zero point and step as they are sent. False: as they were before rounding
             to fp16, like the public code; the error is larger.

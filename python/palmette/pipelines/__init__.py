@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole systems on top of the operators. Extra dependencies are imported when they are used."""
 
+import importlib
+from typing import Any
+
+from .activation_store import ActivationStore, DeltaCodec
 from .records import Completion, Step, Verified
 from .search import (
     ThoughtNode,
@@ -16,7 +20,12 @@ from .token_trees import TokenRecycling, TokenTree, medusa_paths
 from .tree_decoding import TreeDecoder
 
 __all__ = [
+    "ActivationStore",
     "Completion",
+    "DeltaCodec",
+    "Edge",
+    "PipelineError",
+    "QuantPipelineStage",
     "Step",
     "ThoughtNode",
     "Thoughts",
@@ -32,3 +41,11 @@ __all__ = [
     "tree_of_thought",
     "tree_of_thought_steps",
 ]
+
+_DISTRIBUTED = ("Edge", "PipelineError", "QuantPipelineStage")  # importing torch.distributed takes a second
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DISTRIBUTED:
+        return getattr(importlib.import_module("palmette.pipelines.pipeline_parallel"), name)
+    raise AttributeError(f"module 'palmette.pipelines' has no attribute {name!r}")

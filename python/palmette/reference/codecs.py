@@ -40,7 +40,7 @@ LOG2_COEFFICIENTS = (
 
 
 def pack_bits(codes: Tensor, bits: int) -> bytes:
-    """Code i in bits [i * bits, (i + 1) * bits), from the lowest bit of each byte; the rest of the last byte is 0."""
+    """Code i in bits [i * bits, (i + 1) * bits), from the lowest of each byte on; then zeros."""
     if codes.numel() == 0:
         return b""
     exploded = (codes.reshape(-1, 1).numpy().astype(np.uint16) >> np.arange(bits, dtype=np.uint16)) & 1
@@ -190,7 +190,7 @@ def entropy(x: Tensor) -> Tensor:
 
 
 def low_rows(x: Tensor, options: TahOptions) -> tuple[Tensor, int]:
-    """Which tokens (``"token"``, [B, S]) or tiles (``"tile"``, [B, S * C / G]) get low_bits; how many of each sample."""
+    """Which tokens [B, S], or tiles [B, S * C / G], get low_bits; how many of each sample."""
     batch, _, channels = x.shape
     size = channels if options.allocation == "token" else options.tile_size
     keys = entropy(x.reshape(-1, size)).reshape(batch, -1)
