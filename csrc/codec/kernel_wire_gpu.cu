@@ -3,20 +3,18 @@
 //
 //     wire_begin     the header, zeros where sections are padded, zeros where kernels will count
 //     wire_finish    the checksum; a fault goes from the header's `position` to `status` and `position`, and
-//     takes
-//                    the magic number with it: nobody shall take that for a wire
+//                    takes the magic number with it: nobody shall take that for a wire
 //     wire_check     the checksum again, in parts
 //     wire_verdict   what the header says; leaves a WireStatus in it
 //
-// The checksum is linear. With x^n the polynomial of n bits, modulo Castagnoli's, it is the sum (exclusive
-// or)
+// The checksum is linear. With x^n the polynomial of n bits, modulo Castagnoli's, it is the exclusive or
 //
 //     c = sum_i word_i x^(32 (n - i))
 //
 // of all n words, the first with its bits inverted. A group of 32 lanes has rows of 512 bytes, 16 per lane; a
 // lane adds up its four columns of words by s = s x^4096 + word, for which it looks up eight times four bits.
 // Each bank has a copy of the tables, so lanes never meet. Then columns, lanes and groups are added, each
-// times the power of x that its place asks for. Zeros before a message change nothing, so the last row is a
+// times the power of x that its place asks for. Zeros before a message change nothing, so the first row is a
 // whole one.
 #include <algorithm>
 
