@@ -10,59 +10,90 @@
 
 namespace palmette::PALMETTE_ISA_NS {
 
-template <int kWords>
+// T is uint64_t: vectors of a type that is no parameter are not seen as dependent by GCC.
+template <int kWords, class T = uint64_t>
 struct Words {
-  typedef uint64_t U __attribute__((vector_size(8 * kWords)));
+  typedef T U __attribute__((vector_size(8 * kWords)));
 
-  static PALMETTE_INLINE U together(U w, int bits) {
-    w = (w & 0x00FF00FF00FF00FFull) | ((w >> (8 - bits)) & (0x00FF00FF00FF00FFull << bits));
-    w = (w & 0x0000FFFF0000FFFFull) | ((w >> (16 - 2 * bits)) & (0x0000FFFF0000FFFFull << 2 * bits));
-    return (w & 0x00000000FFFFFFFFull) | ((w >> (32 - 4 * bits)) & (0x00000000FFFFFFFFull << 4 * bits));
+  // What moving takes for one number of bits, made once for many words.
+  struct Masks {
+    int bits;
+    U one, two, four;  // of a code, of two that are together, and of four; the first of each pair
+
+    explicit PALMETTE_INLINE Masks(int n)
+        : bits(n),
+          one(U{} + ((T{1} << n) - 1) * T{0x0001000100010001}),
+          two(U{} + ((T{1} << 2 * n) - 1) * T{0x0000000100000001}),
+          four(U{} + ((T{1} << 4 * n) - 1)) {}
+  };
+
+  static PALMETTE_INLINE U together(U w, const Masks& m) {
+    const int n = m.bits;
+    w = (w & m.one) | ((w >> (8 - n)) & (m.one << n));
+    w = (w & m.two) | ((w >> (16 - 2 * n)) & (m.two << 2 * n));
+    return (w & m.four) | ((w >> (32 - 4 * n)) & (m.four << 4 * n));
   }
-  static PALMETTE_INLINE U apart(U w, int bits) {
-    const uint64_t four = (uint64_t{1} << 4 * bits) - 1;
-    w = (w & four) | ((w & (four << 4 * bits)) << (32 - 4 * bits));
-    const uint64_t two = ((uint64_t{1} << 2 * bits) - 1) * 0x0000000100000001ull;
-    w = (w & two) | ((w & (two << 2 * bits)) << (16 - 2 * bits));
-    const uint64_t one = ((uint64_t{1} << bits) - 1) * 0x0001000100010001ull;
-    return (w & one) | ((w & (one << bits)) << (8 - bits));
+  static PALMETTE_INLINE U apart(U w, const Masks& m) {
+    const int n = m.bits;
+    w = (w & m.four) | ((w << (32 - 4 * n)) & (m.four << 32));
+    w = (w & m.two) | ((w << (16 - 2 * n)) & (m.two << 16));
+    return (w & m.one) | ((w << (8 - n)) & (m.one << 8));
+  }
+  // `bits` bytes of each word, one after the other. Up to 8 bytes more may be written.
+  static PALMETTE_INLINE void store(U w, int bits, uint8_t* to) {
+    if (bits == 4) {  // halves of words, as vectors
+      typedef std::conditional_t<sizeof(T) == 8, uint32_t, T> Half __attribute__((vector_size(4 * kWords)));
+      const Half half = __builtin_convertvector(w, Half);
+      std::memcpy(to, &half, sizeof(half));
+      return;
+    }
+    if (bits == 8) return (void)std::memcpy(to, &w, sizeof(w));
+#pragma GCC unroll 8
+    for (int j = 0; j < kWords; ++j) {
+      const uint64_t word = w[j];
+      std::memcpy(to + bits * j, &word, 8);
+    }
+  }
+  // The other way round; what else is in the words does not matter to apart(). Up to 8 bytes more are read.
+  static PALMETTE_INLINE U load(const uint8_t* from, int bits) {
+    if (bits == 4) {
+      typedef std::conditional_t<sizeof(T) == 8, uint32_t, T> Half __attribute__((vector_size(4 * kWords)));
+      Half half;
+      std::memcpy(&half, from, sizeof(half));
+      return __builtin_convertvector(half, U);
+    }
+    U w{};
+#pragma GCC unroll 8
+    for (int j = 0; j < kWords; ++j) {
+      uint64_t word;
+      std::memcpy(&word, from + bits * j, 8);
+      w[j] = word;
+    }
+    return w;
   }
 };
 
-// Words that are moved together or apart at a time.
-constexpr int kWordsAtATime = 8;
+// Words that are moved at a time: four vectors of codes, one byte each.
+constexpr int kWordsAtATime = PALMETTE_LANES / 2;
 
 // 8 `words` codes -> `words` * bits bytes. `codes` may be read, and `to` written, to the next multiple of 64
 // bytes and 8 bytes beyond the end.
 PALMETTE_INLINE void pack_codes(const uint8_t* codes, int words, int bits, uint8_t* to) {
   using W = Words<kWordsAtATime>;
+  const W::Masks masks(bits);
   for (int i = 0; i < words; i += kWordsAtATime) {
     typename W::U w;
     std::memcpy(&w, codes + 8 * i, sizeof(w));
-    w = W::together(w, bits);
-    if (bits == 4) {  // halves of words, as vectors
-      typedef uint32_t Half __attribute__((vector_size(4 * kWordsAtATime)));
-      const Half half = __builtin_convertvector(w, Half);
-      std::memcpy(to + 4 * i, &half, sizeof(half));
-      continue;
-    }
-    uint64_t word[kWordsAtATime];
-    std::memcpy(word, &w, sizeof(w));
-#pragma GCC unroll 8
-    for (int j = 0; j < kWordsAtATime; ++j) std::memcpy(to + bits * (i + j), word + j, 8);
+    W::store(W::together(w, masks), bits, to + bits * i);
   }
 }
 
 // The other way round. `from` may be read to the next multiple of 8 words and 8 bytes beyond.
 PALMETTE_INLINE void unpack_codes(const uint8_t* from, int words, int bits, uint8_t* codes) {
   using W = Words<kWordsAtATime>;
+  const W::Masks masks(bits);
   for (int i = 0; i < words; i += kWordsAtATime) {
-    typename W::U w;
-    uint64_t word[kWordsAtATime];
-#pragma GCC unroll 8
-    for (int j = 0; j < kWordsAtATime; ++j) std::memcpy(word + j, from + bits * (i + j), 8);
-    std::memcpy(&w, word, sizeof(w));
-    w = W::apart(w, bits);
+    const typename W::U w = W::apart(W::load(from + bits * i, bits), masks);
     std::memcpy(codes + 8 * i, &w, sizeof(w));
   }
 }
@@ -93,24 +124,31 @@ PALMETTE_INLINE typename Simd<float, N>::V load_bytes(const uint8_t* from) {
   return __builtin_convertvector(__builtin_convertvector(b, typename S::I), typename S::V);
 }
 
-// R vectors of N lanes at once, as neighbours.
-template <int N, int R>
-PALMETTE_INLINE void store_bytes(uint8_t* to, const typename Simd<float, N>::I (&v)[R]) {
-#if defined(__AVX2__)
-  if constexpr (N == 8 && R % 4 == 0) {
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs interleaves the halves
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i += 4) {
-      const __m256i low = _mm256_packus_epi32((__m256i)v[i], (__m256i)v[i + 1]);
-      const __m256i high = _mm256_packus_epi32((__m256i)v[i + 2], (__m256i)v[i + 3]);
-      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i), bytes);
-    }
-    return;
+// Four vectors of N small numbers as N / 2 words, in registers.
+template <int N>
+PALMETTE_INLINE typename Words<N / 2>::U join_bytes(const typename Simd<float, N>::I* v) {
+  using U = typename Words<N / 2>::U;
+#if defined(__AVX512BW__)
+  if constexpr (N == 16) {
+    __m512i bytes = _mm512_castsi128_si512(_mm512_cvtepi32_epi8((__m512i)v[0]));
+    bytes = _mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8((__m512i)v[1]), 1);
+    bytes = _mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8((__m512i)v[2]), 2);
+    return (U)_mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8((__m512i)v[3]), 3);
   }
 #endif
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) store_bytes<N>(to + N * i, v[i]);
+#if defined(__AVX2__)
+  if constexpr (N == 8) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs interleaves the halves
+    const __m256i low = _mm256_packus_epi32((__m256i)v[0], (__m256i)v[1]);
+    const __m256i high = _mm256_packus_epi32((__m256i)v[2], (__m256i)v[3]);
+    return (U)_mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+  }
+#endif
+  uint8_t bytes[4 * N];
+  for (int i = 0; i < 4; ++i) store_bytes<N>(bytes + N * i, v[i]);
+  U w;
+  std::memcpy(&w, bytes, sizeof(w));
+  return w;
 }
 
 }  // namespace palmette::PALMETTE_ISA_NS

@@ -59,7 +59,6 @@ struct Source {
 };
 
 PALMETTE_INLINE I magnitude(V x) { return (I)x & 0x7FFFFFFF; }
-PALMETTE_INLINE I max_bits(I a, I b) { return a > b ? a : b; }
 PALMETTE_INLINE uint32_t max_lane(I v) {
   int32_t most = v[0];
   for (int i = 1; i < L; ++i) most = v[i] > most ? v[i] : most;
@@ -81,11 +80,11 @@ void magnitudes_worker(void* ctx, int64_t worker) {
         int64_t i = row;
         for (; i + 4 * L <= stop; i += 4 * L) {
 #pragma GCC unroll 4
-          for (int k = 0; k < 4; ++k) top[k] = max_bits(magnitude(source.load(i + k * L)), top[k]);
+          for (int k = 0; k < 4; ++k) top[k] = S::max_int(magnitude(source.load(i + k * L)), top[k]);
         }
         for (; i < stop; i += L)
-          top[0] = max_bits(magnitude(source.load_n(i, int(stop - i < L ? stop - i : L))), top[0]);
-        const uint32_t found = max_lane(max_bits(max_bits(top[0], top[1]), max_bits(top[2], top[3])));
+          top[0] = S::max_int(magnitude(source.load_n(i, int(stop - i < L ? stop - i : L))), top[0]);
+        const uint32_t found = max_lane(S::max_int(S::max_int(top[0], top[1]), S::max_int(top[2], top[3])));
         if (found > *slice) *slice = found;
         row = stop;
         continue;
@@ -93,7 +92,7 @@ void magnitudes_worker(void* ctx, int64_t worker) {
       int64_t q = 0;
       for (; q + L <= p.columns; q += L) {
         int32_t* to = reinterpret_cast<int32_t*>(slice) + q;
-        S::store_int(to, max_bits(magnitude(source.load(row * p.columns + q)), S::load_int(to)));
+        S::store_int(to, S::max_int(magnitude(source.load(row * p.columns + q)), S::load_int(to)));
       }
       if (q < p.columns) {
         const int left = int(p.columns - q);

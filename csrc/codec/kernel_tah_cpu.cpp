@@ -148,14 +148,14 @@ struct Entropy {
 
 PALMETTE_INLINE bool bit(const uint8_t* bits, int64_t i) { return bits[i >> 3] >> (i & 7) & 1; }
 
-// Writes values of a fixed number of bits, from the first bit of a byte on; ends with a whole byte.
+// Writes numbers of up to 56 bits, from the first bit of a byte on; ends with a whole byte.
 struct BitWriter {
   uint8_t* to;
   uint64_t held = 0;
   int count = 0;
 
-  PALMETTE_INLINE void put(uint32_t value, int bits) {
-    held |= uint64_t{value} << count;
+  PALMETTE_INLINE void put(uint64_t value, int bits) {
+    held |= value << count;
     for (count += bits; count >= 8; count -= 8, held >>= 8) *to++ = uint8_t(held);
   }
   PALMETTE_INLINE void finish() {
@@ -176,16 +176,31 @@ struct BitReader {
   }
 };
 
-// The bits of a chunk's tiles.
+// Which of a chunk's tiles have low_bits, one after the other.
 struct LowBits {
-  const uint8_t* bitmap;  // null: none
-  int64_t per_bit;        // tiles
+  const uint8_t* bitmap;       // null: none
+  int64_t per_row, row, left;  // tiles of a row; of this row still to come
 
-  explicit LowBits(const TahParams& p)
+  LowBits(const TahParams& p, int64_t first)
       : bitmap(p.options.allocation == Allocation::none ? nullptr : p.wire + p.layout.low),
-        per_bit(p.options.allocation == Allocation::token ? p.layout.tiles_per_token : 1) {}
-  PALMETTE_INLINE bool operator()(int64_t tile) const {
-    return bitmap != nullptr && bit(bitmap, tile / per_bit);
+        per_row(p.options.allocation == Allocation::token ? p.layout.tiles_per_token : 1),
+        row(first / per_row),
+        left(per_row) {}
+  // A bit for each of the next `tiles`.
+  PALMETTE_INLINE uint32_t next(int tiles) {
+    if (bitmap == nullptr) return 0;
+    uint32_t mask = 0;
+    for (int i = 0; i < tiles;) {
+      const int run = left < tiles - i ? int(left) : tiles - i;
+      if (bit(bitmap, row)) mask |= ((uint32_t{1} << run) - 1) << i;
+      i += run;
+      left -= run;
+      if (left == 0) {
+        ++row;
+        left = per_row;
+      }
+    }
+    return mask;
   }
 };
 
@@ -199,6 +214,7 @@ struct Tiles {
   static constexpr int G = W * R;
   static constexpr int kWords = G / 8;
   static constexpr auto kAll = std::make_integer_sequence<int, W>{};
+  using Packed = Words<W / 2>;  // four vectors of codes
 
   struct Max {
     static PALMETTE_INLINE V of(V a, V b) { return S::max(a, b); }
@@ -219,19 +235,12 @@ struct Tiles {
     return v[0];
   }
   static PALMETTE_INLINE V magnitude(V x) { return (V)((I)x & 0x7FFFFFFF); }
-  static PALMETTE_INLINE int count(I mask) {
-    int n = 0;
-    for (int i = 0; i < W; ++i) n -= mask[i];
-    return n;
-  }
+  static PALMETTE_INLINE int count(I mask) { return __builtin_popcount(S::bits(mask)); }
 
-  static PALMETTE_INLINE int first_equal(const float* tile, float magnitude_wanted) {
+  static PALMETTE_INLINE int first_equal(const float* tile, float wanted) {
     for (int r = 0; r < R; ++r) {
-      const I same = magnitude(S::load(tile + r * W)) == S::splat(magnitude_wanted);
-      if (!S::any(same)) continue;
-      for (int i = 0; i < W; ++i) {
-        if (same[i] != 0) return r * W + i;
-      }
+      const uint32_t same = S::bits(magnitude(S::load(tile + r * W)) == S::splat(wanted));
+      if (same != 0) return r * W + __builtin_ctz(same);
     }
     return 0;
   }
@@ -279,13 +288,14 @@ struct Tiles {
   static void encode(const TahParams& p, Work& work, int64_t begin, int64_t end, Scratch& scratch) {
     const TahOptions& o = p.options;
     const int64_t first = begin * p.layout.tiles_per_token, last = end * p.layout.tiles_per_token;
-    const LowBits is_low(p);
+    LowBits low_bits(p, first);
     const int64_t low_before = p.low_before == nullptr ? 0 : p.low_before[begin / p.chunk_tokens];
     uint8_t* codes = p.wire + p.layout.codes + TahLayout::code_bytes(o, low_before, first - low_before);
     const bool flagged = o.gate == Gate::ratio || o.gate == Gate::range;
     BitWriter fired{p.wire + p.layout.fired + first / 8};
     BitWriter pivots{p.wire + p.layout.pivots + first * o.tile_log2 / 8};
     uint8_t* metadata = p.wire + p.layout.metadata + first * (o.metadata == Metadata::fp16 ? 4 : 8);
+    const typename Packed::Masks low_masks(o.low_bits), high_masks(o.high_bits);
     const float low_steps = float((1 << o.low_bits) - 1), high_steps = float((1 << o.high_bits) - 1);
 
     for (int64_t tile = first; tile < last; tile += W) {
@@ -293,9 +303,8 @@ struct Tiles {
       const E* x = static_cast<const E*>(p.x) + tile * G;
       const float* source[W];
       V least[W], most[W], size[W];
-      for (int i = 0; i < W; ++i) {
-        least[i] = most[i] = size[i] = S::zero();
-        if (i >= tiles) continue;
+      for (int i = tiles; i < W; ++i) least[i] = most[i] = size[i] = S::zero();
+      for (int i = 0; i < tiles; ++i) {
         V lo = S::load(x + i * G), hi = lo, top = magnitude(lo);
         if constexpr (sizeof(E) != sizeof(float)) S::store(scratch.wide[i], lo);
 #pragma GCC unroll 16
@@ -305,7 +314,7 @@ struct Tiles {
           lo = S::min(lo, v);
           hi = S::max(hi, v);
           // as integers, so that a NaN is larger than all
-          top = (V)((I)magnitude(v) > (I)top ? (I)magnitude(v) : (I)top);
+          top = (V)S::max_int((I)magnitude(v), (I)top);
         }
         least[i] = lo;
         most[i] = hi;
@@ -327,9 +336,8 @@ struct Tiles {
         return;
       }
 
-      int pivot[W] = {};
-      bool fires[W] = {};
-      V range = S::zero();  // of Gate::range, before the transform
+      int pivot[W];
+      uint32_t fires = 0;
       V raw_least[W], raw_most[W];
       if (o.gate == Gate::range) {
         for (int i = 0; i < W; ++i) {
@@ -345,7 +353,7 @@ struct Tiles {
             if (count(size[i] * p.threshold > S::splat(a)) > 1) continue;
             if (!stands_out(source[i], a, p.threshold)) continue;
           }
-          fires[i] = true;
+          fires |= uint32_t{1} << i;
           pivot[i] = first_equal(source[i], a);
           rotate(source[i], pivot[i], scratch.rotated[i], least[i], most[i]);
         }
@@ -353,20 +361,16 @@ struct Tiles {
       V zero = across<Min>(least), high = across<Max>(most);
       if (o.gate == Gate::range) {
         const V raw_zero = across<Min>(raw_least), raw_high = across<Max>(raw_most);
-        range = raw_high - raw_zero;
-        const I smaller = high - zero < range;
+        const I smaller = high - zero < raw_high - raw_zero;
         zero = S::select(smaller, zero, raw_zero);
         high = S::select(smaller, high, raw_high);
-        for (int i = 0; i < tiles; ++i) fires[i] = smaller[i] != 0;
+        fires &= S::bits(smaller);
       }
       zero += S::zero();  // -0 becomes 0
       V steps = S::splat(high_steps);
-      bool low[W] = {};
-      if (is_low.bitmap != nullptr) {
-        for (int i = 0; i < tiles; ++i) {
-          low[i] = is_low(tile + i);
-          if (low[i]) steps[i] = low_steps;
-        }
+      const uint32_t low = low_bits.next(tiles);
+      if (low != 0) {
+        for (int i = 0; i < W; ++i) steps[i] = low >> i & 1 ? low_steps : high_steps;
       }
       V step = (high - zero) / steps;
       step = S::select(step < S::splat(kLeastStep), S::zero(), step);
@@ -406,13 +410,22 @@ struct Tiles {
       }
       const V inverse = S::select(step < S::splat(kLeastStep), S::zero(), 1.0f / step);
 
+      if (flagged) fired.put(fires, tiles);
+      if (o.gate != Gate::never) {
+        for (int i = 0; i < tiles; ++i) pivots.put(fires >> i & 1 ? uint64_t(pivot[i]) : 0, o.tile_log2);
+      }
+      float zeros[W], inverses[W], tops[W];
+      S::store(zeros, zero);
+      S::store(inverses, inverse);
+      S::store(tops, steps);
       for (int i = 0; i < tiles; ++i) {
-        if (flagged) fired.put(fires[i], 1);
-        if (o.gate != Gate::never) pivots.put(fires[i] ? uint32_t(pivot[i]) : 0, o.tile_log2);
-        const int bits = low[i] ? o.low_bits : o.high_bits;
-        quantize(fires[i] ? scratch.rotated[i] : source[i], zero[i], inverse[i], steps[i], scratch.codes);
-        pack_codes(scratch.codes, kWords, bits, scratch.packed);
-        put(scratch.packed, bits, codes);
+        const int bits = low >> i & 1 ? o.low_bits : o.high_bits;
+        const float* from = fires >> i & 1 ? scratch.rotated[i] : source[i];
+        // what is written behind a tile is overwritten by the next one, but for a chunk's last
+        const bool direct = G % 64 == 0 && tile + i + 1 < last;
+        quantize(from, zeros[i], inverses[i], tops[i], low >> i & 1 ? low_masks : high_masks,
+                 direct ? codes : scratch.packed, scratch.codes);
+        if (!direct) put(scratch.packed, bits, codes);
         codes += kWords * bits;
       }
     }
@@ -421,11 +434,11 @@ struct Tiles {
   }
 
   struct MaxBits {  // of non-negative numbers and NaN
-    static PALMETTE_INLINE V of(V a, V b) { return (V)((I)a > (I)b ? (I)a : (I)b); }
+    static PALMETTE_INLINE V of(V a, V b) { return (V)S::max_int((I)a, (I)b); }
   };
 
   static PALMETTE_INLINE void quantize(const float* tile, float zero, float inverse, float steps,
-                                       uint8_t* codes) {
+                                       const typename Packed::Masks& masks, uint8_t* to, uint8_t* codes) {
     const V z = S::splat(zero), f = S::splat(inverse), top = S::splat(steps);
     const V magic = S::splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest, ties to even
     I code[R];
@@ -435,7 +448,17 @@ struct Tiles {
       c = S::min(S::max(c, S::zero()), top);
       code[r] = (I)(c + magic) - 0x4B400000;
     }
-    store_bytes<W, R>(codes, code);
+    if constexpr (R % 4 == 0) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r += 4) {
+        const auto w = Packed::together(join_bytes<W>(code + r), masks);
+        Packed::store(w, masks.bits, to + r * W / 8 * masks.bits);
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) store_bytes<W>(codes + r * W, code[r]);
+      pack_codes(codes, kWords, masks.bits, to);
+    }
   }
 
   // Exactly kWords * bits bytes.
@@ -450,7 +473,7 @@ struct Tiles {
   static void decode(const TahParams& p, int64_t begin, int64_t end, Scratch& scratch) {
     const TahOptions& o = p.options;
     const int64_t first = begin * p.layout.tiles_per_token, last = end * p.layout.tiles_per_token;
-    const LowBits is_low(p);
+    LowBits low_bits(p, first);
     const int64_t low_before = p.low_before == nullptr ? 0 : p.low_before[begin / p.chunk_tokens];
     const uint8_t* codes = p.wire + p.layout.codes + TahLayout::code_bytes(o, low_before, first - low_before);
     const uint8_t* readable = p.wire + p.layout.end - (kWords < 8 ? 8 : kWords) * 8 - 8;
@@ -468,8 +491,9 @@ struct Tiles {
       } else {
         std::memcpy(metadata, p.wire + p.layout.metadata + 8 * tile, size_t(8 * tiles));
       }
+      const uint32_t low = low_bits.next(tiles);
       for (int i = 0; i < tiles; ++i) {
-        const int bits = is_low(tile + i) ? o.low_bits : o.high_bits;
+        const int bits = low >> i & 1 ? o.low_bits : o.high_bits;
         const uint8_t* from = codes;
         if (codes > readable) {  // whole vectors could reach beyond the wire
           std::memcpy(scratch.packed, codes, size_t(kWords * bits));

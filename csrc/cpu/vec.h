@@ -107,11 +107,33 @@ struct Simd {
 #endif
     return b < a ? b : a;
   }
+  static PALMETTE_INLINE I max_int(I a, I b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(I) == 64 && sizeof(T) == 4) return (I)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(I) == 32 && sizeof(T) == 4) return (I)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#endif
+    return a > b ? a : b;
+  }
   static PALMETTE_INLINE V select(I mask, V a, V b) { return mask ? a : b; }
   static PALMETTE_INLINE bool any(I mask) {
     Int r = 0;
     for (int i = 0; i < N; ++i) r |= mask[i];
     return r != 0;
+  }
+
+  // A bit per lane.
+  static PALMETTE_INLINE uint32_t bits(I mask) {
+#if defined(__AVX512DQ__)
+    if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)mask);
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return uint32_t(_mm256_movemask_ps((__m256)mask));
+#endif
+    uint32_t r = 0;
+    for (int i = 0; i < N; ++i) r |= uint32_t(mask[i] & 1) << i;
+    return r;
   }
 
   // ---- reductions over lanes, in a fixed order
