@@ -20,6 +20,7 @@ MODULES = {
     "checks": "bench_checks",
     "model": "bench_model",
     "sparse": "bench_sparse",
+    "codec": "bench_codecs",
 }
 
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench import sparse_report
+from bench import codec_report, sparse_report
 from bench.floors import Ceilings, Floor
 from bench.goals import FLOOR_MANY_ROWS, GOALS, MANY_ROWS, wanted_fraction, wanted_ratio
 from bench.jobs import Row
@@ -28,7 +28,9 @@ def evaluate(row: Row, ceilings: Ceilings) -> Row:
     if "skipped" in row:
         return row
     judge: Callable[[Row, Ceilings], dict[str, Any]]
-    judge = {"checks": _check, "model": _model, "sparse": _sparse}.get(row["kind"], _against_peers)
+    judge = {"checks": _check, "model": _model, "sparse": _sparse, "codec": _codec}.get(
+        row["kind"], _against_peers
+    )
     return {**row, "result": judge(row, ceilings)}
 
 
@@ -73,6 +75,10 @@ def _model(row: Row, _: Ceilings) -> dict[str, Any]:
 
 def _sparse(row: Row, _: Ceilings) -> dict[str, Any]:
     return sparse_report.evaluate(row)
+
+
+def _codec(row: Row, _: Ceilings) -> dict[str, Any]:
+    return codec_report.evaluate(row)
 
 
 def _check(row: Row, ceilings: Ceilings) -> dict[str, Any]:
@@ -121,6 +127,8 @@ def line(row: Row) -> str:
         return f"{row['name']:50s} {result['text']}: {'ok' if result['met'] else 'NOT MET'}"
     if row["kind"] == "sparse":
         return sparse_report.line(row)
+    if row["kind"] == "codec":
+        return codec_report.line(row)
     if row["kind"] == "model":
         parts = [
             f"{name} {ratio:.2f}x (goal {result['goals'][name]}x)" for name, ratio in result["ratios"].items()
@@ -172,6 +180,7 @@ def summary_lines(result: dict[str, Any]) -> list[tuple[str, str, bool]]:
         (row["name"], row["result"]["text"], row["result"]["met"]) for row in _by_kind(result, "checks")
     ]
     found += sparse_report.summary_lines(_by_kind(result, "sparse"))
+    found += codec_report.summary_lines(_by_kind(result, "codec"))
     return found
 
 
@@ -269,6 +278,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
             lines += [f"### {title}", "", *_table(head, cells)]
         if any(row["group"] in sparse_report.AGAINST_DENSE for row in sparse):
             lines += [f"![speedup over dense attention](./{name}-sparse.png)", ""]
+    for title, head, cells in codec_report.tables(_by_kind(result, "codec")):
+        lines += [f"## {title}", "", *_table(head, cells)]
     not_run = [row for row in result["rows"] if "skipped" in row]
     if not_run:
         lines += [
