@@ -527,7 +527,7 @@ void entropies(const TahParams& p, const LaunchContext& context) {
   const int64_t rows = by_token(p) ? p.layout.tokens : p.layout.tiles;
   const int64_t size = by_token(p) ? p.channels : int64_t{1} << p.options.tile_log2;
   with_element(p.dtype, [&]<class E>(E) {
-    const bool whole = size >= kEntropySums || (size & (size - 1)) != 0;
+    const bool whole = size >= kEntropySums || size == 0 || (size & (size - 1)) != 0;
     const int lanes = static_cast<int>(whole ? kEntropySums : size) / kWidth<E>;
     launch("tah_entropy", &tah_entropy_kernel<E>, blocks_of((rows * lanes + kLanes - 1) / kLanes),
            dim3(kGroups * kLanes), 0, context, p, rows, size, lanes);

@@ -125,8 +125,7 @@ int64_t batch_of(const Tensor& x) {
 
 // ---- on a GPU, without waiting for it
 
-// A count for each word of the bitmap, of which there is one bit per row; tah_decode knows the rows of no
-// wire, and makes room for tiles of 8.
+// A count for each word of the bitmap, which has one bit per row.
 Tensor ones_before(const Tensor& like, int64_t rows) {
   return torch::stable::new_empty(like, {rows / 32 + 4}, ScalarType::Long);
 }
@@ -165,7 +164,8 @@ void decode_on_gpu(GpuLaunch& gpu, TahParams p, const Tensor& wire, const Tensor
   p.batch = batch_of(out);
   WireParams w = wire_params(from);
   Tensor sums = torch::stable::new_empty(from, {wire_blocks(w)}, ScalarType::Int);
-  Tensor before = ones_before(from, out.numel() / 8);
+  // which rows the wire has is not known here: tokens, or tiles of 8 at the least
+  Tensor before = ones_before(from, std::max(out.numel() / 8, p.batch * p.length));
   w.sums = static_cast<uint32_t*>(sums.mutable_data_ptr());
   w.kind = WireKind::tah;
   w.elements = out.numel();
