@@ -94,11 +94,11 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   m.def(
       "tah_encode(Tensor x, int tile_size, int low_bits, int high_bits, SymInt low_count, float threshold, "
       "int allocation, int gate, int metadata, bool rounded, Tensor(a!) wire) -> ()");
-  m.def("tah_decode(Tensor wire, Tensor(a!) out) -> ()");
+  m.def("tah_decode(Tensor(a!) wire, Tensor(b!) out) -> ()");
   m.def("fixpoint_encode(Tensor x, SymInt[] groups, int bits, int grid, Tensor(a!) wire) -> ()");
-  m.def("fixpoint_decode(Tensor wire, Tensor(a!) out) -> ()");
+  m.def("fixpoint_decode(Tensor(a!) wire, Tensor(b!) out) -> ()");
   m.def("delta_encode_(Tensor x, Tensor(a!) m, SymInt[] groups, int bits, int grid, Tensor(b!) wire) -> ()");
-  m.def("delta_decode_(Tensor wire, Tensor(a!) m) -> ()");
+  m.def("delta_decode_(Tensor(a!) wire, Tensor(b!) m) -> ()");
 
   // core: which body of the kernels runs; palmette.testing and `python -m palmette env` call these
   m.def("_set_backend(str name) -> str");

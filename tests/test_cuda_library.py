@@ -23,6 +23,11 @@ KERNELS = {
     "verify_sample",
     "copy_rows",
     "select_blocks",
+    "hadamard_transform",
+    "tah_encode",
+    "tah_decode",
+    "fixpoint_encode",
+    "fixpoint_decode",
 }
 
 built = pytest.mark.skipif(not CUDA.is_file(), reason="built without nvcc, or with PALMETTE_CUDA=0")

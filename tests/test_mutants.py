@@ -41,6 +41,13 @@ WANTED = {
     "copy_rows": {"index", "mask"},
     "multiply_rows": {"index"},
     "accumulate_rows": {"index", "mask"},
+    "wire_sum": {"index", "mask", "barrier"},
+    "tah_select": {"index", "mask", "barrier"},
+    "tah_encode": {"index", "mask", "scale"},
+    "tah_decode": {"index"},
+    "store_codes": {"index"},
+    "fixpoint": {"index", "mask", "scale"},
+    "hadamard": {"index", "barrier", "scale"},
 }
 
 

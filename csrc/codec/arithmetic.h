@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "codec/wire.h"
+
 namespace palmette {
 
 // log2(1 + f) / f for sqrt(1/2) <= 1 + f < sqrt(2); times f it is off by 2.2e-6.
@@ -18,9 +20,32 @@ constexpr float kLeastStep = 1.17549435e-38f;
 constexpr uint32_t kInfinity = 0x7F800000u;
 
 // 1 / sqrt(2^k), rounded to float.
-constexpr float inverse_root(int log2) {
+PALMETTE_ANYWHERE constexpr float inverse_root(int log2) {
   const float power = 1.0f / static_cast<float>(1 << log2 / 2);
   return log2 % 2 == 0 ? power : power * 0.70710678118654752440f;
+}
+
+// ---- CRC-32C: polynomials modulo Castagnoli's, reflected, so bit 31 is x^0
+
+constexpr uint32_t kPolynomial = 0x82F63B78;
+
+PALMETTE_ANYWHERE constexpr uint32_t crc_multiply(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  for (int i = 0; i < 32; ++i) {
+    product = (product >> 1) ^ (kPolynomial & (0u - (product & 1u)));
+    product ^= a & (0u - (b >> i & 1u));
+  }
+  return product;
+}
+
+// x^(8 bytes): what a state is multiplied with when so many zero bytes follow.
+PALMETTE_ANYWHERE constexpr uint32_t crc_power(int64_t bytes) {
+  uint32_t result = 0x80000000u, square = 0x00800000u;  // 1, x^8
+  for (; bytes > 0; bytes >>= 1) {
+    if ((bytes & 1) != 0) result = crc_multiply(result, square);
+    square = crc_multiply(square, square);
+  }
+  return result;
 }
 
 }  // namespace palmette

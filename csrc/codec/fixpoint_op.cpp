@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "codec/params.h"
@@ -38,6 +39,61 @@ void check_message(const Tensor& m, const Tensor& like, const char* like_name) {
   throw std::runtime_error("");  // not reached
 }
 
+// ---- on a GPU, without waiting for it
+
+void encode_on_gpu(GpuLaunch& gpu, FixpointParams p, const WireHeader& header, const Tensor& given, Tensor* m,
+                   Tensor& wire) {
+  const FixpointLayout& l = p.layout;
+  const Tensor x = aligned(given);
+  Tensor to = aligned(wire);
+  Tensor magnitudes = torch::stable::new_empty(x, {l.scales}, ScalarType::Int);
+  Tensor steps = torch::stable::new_empty(x, {2 * l.scales}, ScalarType::Float);
+  p.x = x.const_data_ptr();
+  p.wire = static_cast<uint8_t*>(to.mutable_data_ptr());
+  p.magnitudes = static_cast<uint32_t*>(magnitudes.mutable_data_ptr());
+  p.steps = static_cast<float*>(steps.mutable_data_ptr());
+  WireParams w = wire_to_begin(to, header, {l.codes, l.end});
+  w.cleared = p.magnitudes;
+  w.num_cleared = l.scales;
+  gpu.reads(x, "x");
+  std::optional<Tensor> used;
+  if (m != nullptr) {
+    used = aligned(*m);
+    p.m = used->mutable_data_ptr();
+    gpu.writes(*used, "m");
+  }
+  gpu.writes(to, "wire");
+  gpu.writes(magnitudes, "magnitudes");
+  gpu.writes(steps, "steps");
+  gpu.run("fixpoint_encode", FixpointLaunch{p, w});
+  copy_back(wire, to);
+  if (m != nullptr) copy_back(*m, *used);
+  if (!wire.is_cpu()) return;
+  if (const uint64_t fault = take_fault(wire); fault != ~uint64_t{0}) throw_fault(p, given, m, fault);
+}
+
+void decode_on_gpu(GpuLaunch& gpu, WireKind kind, DType dtype, const Tensor& wire, const Tensor& result) {
+  const bool delta = kind == WireKind::delta;
+  Tensor from = aligned(wire), to = aligned(result);
+  WireParams w = wire_params(from);
+  Tensor sums = torch::stable::new_empty(from, {wire_blocks(w)}, ScalarType::Int);
+  w.sums = static_cast<uint32_t*>(sums.mutable_data_ptr());
+  w.kind = kind;
+  w.elements = result.numel();
+  FixpointParams p{};
+  p.kind = kind;
+  p.dtype = p.message_dtype = dtype;
+  p.layout.elements = w.elements;
+  p.wire = w.wire;
+  (delta ? p.m : p.out) = to.mutable_data_ptr();
+  gpu.writes(from, "wire");
+  gpu.writes(to, delta ? "m" : "out");
+  gpu.writes(sums, "sums");
+  gpu.run("fixpoint_decode", FixpointLaunch{p, w});
+  copy_back(wire, from);
+  copy_back(result, to);
+}
+
 void encode(const Tensor& given, Tensor* m, std::vector<int64_t> groups, int64_t bits, int64_t grid,
             Tensor& wire) {
   FixpointParams p{};
@@ -69,6 +125,12 @@ void encode(const Tensor& given, Tensor* m, std::vector<int64_t> groups, int64_t
   p.x = x.const_data_ptr();
   p.wire = static_cast<uint8_t*>(wire.mutable_data_ptr());
 
+  WireHeader header{};
+  header.kind = static_cast<uint8_t>(p.kind);
+  header.low_bits = header.high_bits = static_cast<uint8_t>(bits);
+  header.allocation = static_cast<uint8_t>(grid);
+  for (size_t i = 0; i < 3; ++i) header.sizes[i] = static_cast<uint64_t>(groups[i]);
+  if (GpuLaunch gpu(x); gpu) return encode_on_gpu(gpu, p, header, x, m, wire);
   const FixpointLayout& l = p.layout;
   clear(p.wire, std::max(l.absmax, l.codes - kSectionAlignment), l.codes);
   clear(p.wire, std::max(l.codes, l.end - kSectionAlignment), l.end);
@@ -85,11 +147,6 @@ void encode(const Tensor& given, Tensor* m, std::vector<int64_t> groups, int64_t
     throw_fault(p, x, m, fault);
   }
   dispatch_isa([&]<Isa isa>() { fixpoint_encode<isa>(p); });
-  WireHeader header{};
-  header.kind = static_cast<uint8_t>(p.kind);
-  header.low_bits = header.high_bits = static_cast<uint8_t>(bits);
-  header.allocation = static_cast<uint8_t>(grid);
-  for (size_t i = 0; i < 3; ++i) header.sizes[i] = static_cast<uint64_t>(groups[i]);
   finish_wire(p.wire, header, l.end);
 }
 
@@ -100,6 +157,11 @@ void decode(const Tensor& wire, Tensor& result, WireKind kind) {
   p.kind = kind;
   const DType dtype = check_encoded(result, delta ? "m" : "out");
   check_contiguous(result, delta ? "m" : "out");
+  GpuLaunch gpu(wire);
+  if (!wire.is_cpu()) {
+    check_wire_tensor(wire);
+    return decode_on_gpu(gpu, kind, dtype, wire, result);
+  }
   const WireHeader h = check_wire(wire, kind, delta ? "delta_encode_" : "fixpoint_encode");
   check_sizes(h, result, delta ? "m" : "shape");
   p.bits = h.low_bits;
@@ -109,7 +171,8 @@ void decode(const Tensor& wire, Tensor& result, WireKind kind) {
   p.columns = static_cast<int64_t>(h.sizes[2]);
   p.layout = FixpointLayout::of(p.bits, p.outer, p.inner, p.columns);
   require(p.layout.end == wire.numel(), "wire", text(p.layout.end, " bytes for its options"), wire.numel());
-  p.wire = const_cast<uint8_t*>(static_cast<const uint8_t*>(wire.const_data_ptr()));  // is only read
+  if (gpu) return decode_on_gpu(gpu, kind, dtype, wire, result);
+  p.wire = const_cast<uint8_t*>(static_cast<const uint8_t*>(wire.const_data_ptr()));  // only a GPU writes
   std::vector<float> steps(static_cast<size_t>(2 * p.layout.scales));
   p.steps = steps.data();
   p.dtype = p.message_dtype = dtype;

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "codec/params.h"
+#include "codec/wire_host.h"
 #include "core/backend.h"
 #include "core/checks.h"
 #include "core/gpu.h"
@@ -62,9 +63,14 @@ void run(HadamardParams& p, const Tensor& x, Tensor& out) {
   p.out = out.mutable_data_ptr();
   if (p.rows == 0) return;
   if (GpuLaunch gpu(x); gpu) {
-    gpu.reads(x, "x");
-    gpu.writes(out, "out");
+    const Tensor from = aligned(x);
+    Tensor to = p.x == p.out ? from : aligned(out);
+    p.x = from.const_data_ptr();
+    p.out = to.mutable_data_ptr();
+    gpu.writes(to, "out");
+    gpu.reads(from, "x");
     gpu.run("hadamard_transform", p);
+    copy_back(out, to);
   } else {
     dispatch_isa([&]<Isa isa>() { hadamard_transform<isa>(p); });
   }

@@ -579,7 +579,7 @@ template <>
 void tah_entropy<Isa::PALMETTE_ISA_NS>(const TahParams& p) {
   const bool by_token = p.options.allocation == Allocation::token;
   const int64_t size = by_token ? p.channels : int64_t{1} << p.options.tile_log2;
-  const int64_t chunk = 16384 / size / 16 * 16;
+  const int64_t chunk = 16384 / (size > 0 ? size : 1) / 16 * 16;
   body::Work work{&p, by_token ? p.layout.tokens : p.layout.tiles, chunk < 16 ? 16 : chunk};
   body::with_element(p.dtype, [&]<class E>() { work.run(&body::Entropy<E>::worker); });
 }

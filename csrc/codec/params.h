@@ -33,10 +33,11 @@ struct TahParams {
   const void* x;              // E [batch, length, channels]: encode
   void* out;                  // E [batch, length, channels]: decode
   uint8_t* wire;              // [layout.end]
-  float* entropies;           // [batch, length], or a GPU's and Allocation::tile: [tiles]
+  float* entropies;           // [batch, length], or Allocation::tile: [tiles]
   int64_t chunk_tokens;       // CPU: a multiple of kChunkTokens
   const int64_t* low_before;  // CPU: [chunks], tiles of low_bits before each
   uint64_t* fault;            // CPU: the first tile at fault * 16 + WireStatus, ~0 if there is none
+  int64_t* ones_before;       // a GPU: [words of the bitmap], rows of low_bits before each
 };
 
 struct FixpointParams {
@@ -55,6 +56,43 @@ struct FixpointParams {
   float* steps;                   // CPU: [2, scales], steps and their inverses
   uint64_t* fault;                // CPU: the first slice at fault * 16 + WireStatus, ~0 if there is none
 };
+
+// A GPU: how a wire begins and ends, and whether it may be decoded.
+struct WireParams {
+  uint8_t* wire;
+  int64_t bytes;
+  // the checksum
+  int64_t rows_per_group;  // of 512 bytes, by a group of 32 lanes
+  uint32_t powers[40];     // x^(8 * 2^k) modulo the polynomial
+  uint32_t* sums;          // check: [wire_blocks()], what each block found
+  // begin
+  WireHeader header;
+  int64_t section_ends[6];  // the last is the wire's
+  uint32_t* cleared;        // [num_cleared]: counted up, or or-ed, later on
+  int64_t num_cleared;
+  // check
+  WireKind kind;
+  int64_t elements, length, channels;  // of the result; the last two for WireKind::tah
+  int64_t* ones_before;                // tah: as TahParams has it
+};
+
+// What the launchers of a GPU's library take.
+struct TahLaunch {
+  TahParams tah;
+  WireParams wire;
+};
+struct FixpointLaunch {
+  FixpointParams fixpoint;
+  WireParams wire;
+};
+
+// Blocks that look at a wire for its checksum.
+constexpr int64_t kWireRow = 512, kWireGroups = 8;
+inline int64_t wire_blocks(const WireParams& p) {
+  const int64_t rows = (p.bytes - (kHeaderBytes - kChecksummedHeaderBytes) + kWireRow - 1) / kWireRow;
+  const int64_t per_block = p.rows_per_group * kWireGroups;
+  return (rows + per_block - 1) / per_block;
+}
 
 template <Isa isa>
 void hadamard_transform(const HadamardParams& p);

@@ -123,6 +123,66 @@ int64_t batch_of(const Tensor& x) {
   throw std::runtime_error("");  // not reached
 }
 
+// ---- on a GPU, without waiting for it
+
+// A count for each word of the bitmap, which has one bit per row.
+Tensor ones_before(const Tensor& like, int64_t rows) {
+  return torch::stable::new_empty(like, {rows / 32 + 4}, ScalarType::Long);
+}
+
+void encode_on_gpu(GpuLaunch& gpu, TahParams p, const WireHeader& header, const Tensor& given, Tensor& wire) {
+  const TahLayout& l = p.layout;
+  const Tensor x = aligned(given);
+  Tensor to = aligned(wire);
+  const bool by_token = p.options.allocation == Allocation::token;
+  const int64_t rows = p.options.allocation == Allocation::none ? 0 : by_token ? l.tokens : l.tiles;
+  require(rows < int64_t{1} << 31, "x", "of fewer than 2^31 tiles on a GPU", rows);
+  Tensor entropies = torch::stable::new_empty(x, {p.low_count > 0 ? rows : 0}, ScalarType::Float);
+  Tensor before = ones_before(x, rows);
+  p.x = x.const_data_ptr();
+  p.wire = static_cast<uint8_t*>(to.mutable_data_ptr());
+  p.entropies = static_cast<float*>(entropies.mutable_data_ptr());
+  p.ones_before = static_cast<int64_t*>(before.mutable_data_ptr());
+  WireParams w = wire_to_begin(to, header, {l.fired, l.pivots, l.metadata, l.codes, l.end});
+  w.cleared = l.fired > l.low ? reinterpret_cast<uint32_t*>(p.wire + l.low) : nullptr;
+  w.num_cleared = (l.fired - l.low) / 4;
+  gpu.reads(x, "x");
+  gpu.writes(to, "wire");
+  gpu.writes(entropies, "entropies");
+  gpu.writes(before, "ones_before");
+  gpu.run("tah_encode", TahLaunch{p, w});
+  copy_back(wire, to);
+  if (!wire.is_cpu()) return;
+  if (const uint64_t fault = take_fault(wire); fault != ~uint64_t{0}) throw_fault(p, given, fault);
+}
+
+void decode_on_gpu(GpuLaunch& gpu, TahParams p, const Tensor& wire, const Tensor& out) {
+  Tensor from = aligned(wire), to = aligned(out);
+  const int64_t d = out.dim();
+  p.length = out.size(d - 2);
+  p.channels = out.size(d - 1);
+  p.batch = batch_of(out);
+  WireParams w = wire_params(from);
+  Tensor sums = torch::stable::new_empty(from, {wire_blocks(w)}, ScalarType::Int);
+  // which rows the wire has is not known here: tokens, or tiles of 8 at the least
+  Tensor before = ones_before(from, std::max(out.numel() / 8, p.batch * p.length));
+  w.sums = static_cast<uint32_t*>(sums.mutable_data_ptr());
+  w.kind = WireKind::tah;
+  w.elements = out.numel();
+  w.length = p.length;
+  w.channels = p.channels;
+  w.ones_before = p.ones_before = static_cast<int64_t*>(before.mutable_data_ptr());
+  p.wire = w.wire;
+  p.out = to.mutable_data_ptr();
+  gpu.writes(from, "wire");
+  gpu.writes(to, "out");
+  gpu.writes(sums, "sums");
+  gpu.writes(before, "ones_before");
+  gpu.run("tah_decode", TahLaunch{p, w});
+  copy_back(wire, from);
+  copy_back(out, to);
+}
+
 void tah_encode_op(Tensor x, int64_t tile_size, int64_t low_bits, int64_t high_bits, int64_t low_count,
                    double threshold, int64_t allocation, int64_t gate, int64_t metadata, bool rounded,
                    Tensor wire) {
@@ -180,6 +240,7 @@ void tah_encode_op(Tensor x, int64_t tile_size, int64_t low_bits, int64_t high_b
   header.sizes[2] = static_cast<uint64_t>(p.channels);
 
   const TahLayout& l = p.layout;
+  if (GpuLaunch gpu(x); gpu) return encode_on_gpu(gpu, p, header, x, wire);
   const int64_t ends[] = {l.low, l.fired, l.pivots, l.metadata, l.codes, l.end};
   // a section's last 16 bytes, at most: what it does not fill stays 0
   for (int i = 1; i < 6; ++i) clear(p.wire, std::max(ends[i - 1], ends[i] - kSectionAlignment), ends[i]);
@@ -214,6 +275,11 @@ void tah_decode_op(const Tensor& wire, Tensor out) {
   require(out.dim() >= 2, "shape", "[..., S, C]", shape_text(out));
   TahParams p{};
   p.dtype = check_element(out, "out", false);
+  GpuLaunch gpu(wire);
+  if (!wire.is_cpu()) {
+    check_wire_tensor(wire);
+    return decode_on_gpu(gpu, p, wire, out);
+  }
   const WireHeader h = check_wire(wire, WireKind::tah, "tah_encode");
   check_sizes(h, out, "shape");
   p.options = {h.tile_log2,
@@ -232,13 +298,14 @@ void tah_decode_op(const Tensor& wire, Tensor out) {
           text("of at most ", rows, " rows of low_bits"), p.low_count);
   p.layout = TahLayout::of(p.options, p.batch, p.length, p.channels, p.low_count);
   require(p.layout.end == wire.numel(), "wire", text(p.layout.end, " bytes for its options"), wire.numel());
-  p.wire = const_cast<uint8_t*>(static_cast<const uint8_t*>(wire.const_data_ptr()));  // is only read
+  p.wire = const_cast<uint8_t*>(static_cast<const uint8_t*>(wire.const_data_ptr()));  // only a GPU writes
   if (p.options.allocation != Allocation::none) {
     // codes are found by counting: the counts must be what the sizes were made for
     const int64_t all = p.batch * rows, found = ones(p.wire + p.layout.low, 0, all);
     require(found == p.batch * p.low_count, "wire", text("of ", p.batch * p.low_count, " rows of low_bits"),
             found);
   }
+  if (gpu) return decode_on_gpu(gpu, p, wire, out);
   p.chunk_tokens = chunk_of(p.channels);
   const std::vector<int64_t> before = low_before(p);
   p.low_before = before.empty() ? nullptr : before.data();

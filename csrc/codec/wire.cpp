@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "codec/arithmetic.h"
 #include "codec/params.h"
 #include "codec/wire_host.h"
 #include "core/backend.h"
@@ -16,28 +17,7 @@
 namespace palmette {
 namespace {
 
-constexpr uint32_t kPolynomial = 0x82F63B78;  // Castagnoli's, reflected
-constexpr int64_t kSegment = 1 << 16;         // bytes that one thread takes at a time
-
-// a * b modulo the polynomial; bit 31 is x^0.
-uint32_t multiply(uint32_t a, uint32_t b) {
-  uint32_t product = 0;
-  for (int i = 31; i >= 0; --i) {
-    product = (product >> 1) ^ ((product & 1) != 0 ? kPolynomial : 0);
-    if ((b >> (31 - i) & 1) != 0) product ^= a;
-  }
-  return product;
-}
-
-// x^(8 bytes): what a state is multiplied with when so many zero bytes follow.
-uint32_t power(int64_t bytes) {
-  uint32_t result = 0x80000000u, square = 0x00800000u;  // 1, x^8
-  for (; bytes > 0; bytes >>= 1) {
-    if ((bytes & 1) != 0) result = multiply(result, square);
-    square = multiply(square, square);
-  }
-  return result;
-}
+constexpr int64_t kSegment = 1 << 16;  // bytes that one thread takes at a time
 
 struct Segments {
   const uint8_t* data;
@@ -100,10 +80,10 @@ uint32_t wire_checksum(const uint8_t* wire, int64_t bytes) {
     const auto count = static_cast<int64_t>(s.states.size());
     if (count > 0) run_workers(std::min(count, num_workers()), &segment_worker<isa>, &s);
   });
-  const uint32_t segment = power(kSegment);
+  const uint32_t segment = crc_power(kSegment);
   for (size_t i = 0; i < s.states.size(); ++i) {
     const int64_t left = s.bytes - static_cast<int64_t>(i) * kSegment;
-    state = multiply(state, left >= kSegment ? segment : power(left)) ^ s.states[i];
+    state = crc_multiply(state, left >= kSegment ? segment : crc_power(left)) ^ s.states[i];
   }
   return ~state;
 }
@@ -121,13 +101,18 @@ void finish_wire(uint8_t* wire, WireHeader header, int64_t bytes) {
   std::memcpy(wire, &header, sizeof(header));
 }
 
-WireHeader check_wire(const Tensor& wire, WireKind kind, const char* producer) {
-  check_cpu(wire, "wire");
+void check_wire_tensor(const Tensor& wire) {
   check_dtype(wire, "wire", {ScalarType::Byte});
   check_dim(wire, "wire", "[wire_size]", 1);
   check_contiguous(wire, "wire");
+  require(wire.numel() >= kHeaderBytes, "wire", text("at least a header of ", kHeaderBytes, " bytes"),
+          wire.numel());
+}
+
+WireHeader check_wire(const Tensor& wire, WireKind kind, const char* producer) {
+  check_cpu(wire, "wire");
+  check_wire_tensor(wire);
   const int64_t bytes = wire.numel();
-  require(bytes >= kHeaderBytes, "wire", text("at least a header of ", kHeaderBytes, " bytes"), bytes);
   const auto* data = static_cast<const uint8_t*>(wire.const_data_ptr());
   WireHeader h{};
   std::memcpy(&h, data, sizeof(h));
@@ -185,6 +170,52 @@ void throw_not_finite(const Tensor& x, int64_t begin, int64_t count, int64_t str
   for (size_t d = 0; d < index.size(); ++d) place << (d > 0 ? ", " : "") << index[d];
   require(false, "x", "finite", value, " at [", place.str(), "]");
   throw std::runtime_error("x is finite");  // not reached
+}
+
+// ---- for GPUs
+
+Tensor aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+}
+
+void copy_back(Tensor to, const Tensor& used) {
+  if (to.const_data_ptr() != used.const_data_ptr()) torch::stable::copy_(to, used);
+}
+
+WireParams wire_params(Tensor& wire) {
+  WireParams p{};
+  p.wire = static_cast<uint8_t*>(wire.mutable_data_ptr());
+  p.bytes = wire.numel();
+  uint32_t power = crc_power(1);
+  for (uint32_t& square : p.powers) {
+    square = power;
+    power = crc_multiply(power, power);
+  }
+  // enough groups for a large GPU; more rows than 64 would not make a group's last steps cheaper
+  p.rows_per_group = std::clamp<int64_t>(p.bytes / kWireRow / 2112, 8, 64);
+  return p;
+}
+
+WireParams wire_to_begin(Tensor& wire, WireHeader header, std::initializer_list<int64_t> section_ends) {
+  WireParams p = wire_params(wire);
+  p.header = header;
+  p.header.magic = kWireMagic;
+  p.header.version = kWireVersion;
+  p.header.wire_bytes = static_cast<uint64_t>(p.bytes);
+  p.header.checksum = ~uint32_t{0};
+  p.header.position = ~uint64_t{0};
+  std::fill(std::begin(p.section_ends), std::end(p.section_ends), p.bytes);
+  std::copy(section_ends.begin(), section_ends.end(), p.section_ends);
+  return p;
+}
+
+uint64_t take_fault(Tensor& wire) {
+  auto* data = static_cast<uint8_t*>(wire.mutable_data_ptr());
+  WireHeader h{};
+  std::memcpy(&h, data, sizeof(h));
+  if (h.status == static_cast<uint32_t>(WireStatus::ok)) return ~uint64_t{0};
+  clear(data, 0, kHeaderBytes);
+  return h.position * 16 + h.status;
 }
 
 }  // namespace palmette

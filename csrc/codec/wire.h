@@ -6,6 +6,13 @@
 #include <bit>
 #include <cstdint>
 
+// Where nvcc compiles for both sides.
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define PALMETTE_ANYWHERE __host__ __device__
+#else
+#define PALMETTE_ANYWHERE
+#endif
+
 namespace palmette {
 
 static_assert(std::endian::native == std::endian::little,
@@ -58,10 +65,10 @@ constexpr int64_t kHeaderBytes = 64;
 constexpr int64_t kChecksummedHeaderBytes = 48;
 static_assert(sizeof(WireHeader) == kHeaderBytes);
 
-constexpr int64_t padded(int64_t bytes) {
+PALMETTE_ANYWHERE constexpr int64_t padded(int64_t bytes) {
   return (bytes + kSectionAlignment - 1) / kSectionAlignment * kSectionAlignment;
 }
-constexpr int64_t bytes_of_bits(int64_t bits) { return (bits + 7) / 8; }
+PALMETTE_ANYWHERE constexpr int64_t bytes_of_bits(int64_t bits) { return (bits + 7) / 8; }
 
 struct TahOptions {
   int tile_log2, low_bits, high_bits;
@@ -75,8 +82,8 @@ struct TahLayout {
   int64_t tokens, tiles, tiles_per_token;
   int64_t low, fired, pivots, metadata, codes, end;
 
-  static constexpr TahLayout of(const TahOptions& o, int64_t batch, int64_t length, int64_t channels,
-                                int64_t low_count) {
+  PALMETTE_ANYWHERE static constexpr TahLayout of(const TahOptions& o, int64_t batch, int64_t length,
+                                                  int64_t channels, int64_t low_count) {
     TahLayout l{};
     l.tiles_per_token = channels >> o.tile_log2;
     l.tokens = batch * length;
@@ -93,7 +100,8 @@ struct TahLayout {
     l.end = l.codes + padded(code_bytes(o, low_tiles, l.tiles - low_tiles));
     return l;
   }
-  static constexpr int64_t code_bytes(const TahOptions& o, int64_t low_tiles, int64_t high_tiles) {
+  PALMETTE_ANYWHERE static constexpr int64_t code_bytes(const TahOptions& o, int64_t low_tiles,
+                                                        int64_t high_tiles) {
     return (low_tiles * o.low_bits + high_tiles * o.high_bits) << (o.tile_log2 - 3);
   }
 };
@@ -102,7 +110,8 @@ struct FixpointLayout {
   int64_t elements, scales;  // how many
   int64_t absmax, codes, end;
 
-  static constexpr FixpointLayout of(int bits, int64_t outer, int64_t inner, int64_t columns) {
+  PALMETTE_ANYWHERE static constexpr FixpointLayout of(int bits, int64_t outer, int64_t inner,
+                                                       int64_t columns) {
     FixpointLayout l{};
     l.elements = outer * inner * columns;
     l.scales = outer * columns;

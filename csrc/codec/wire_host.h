@@ -3,9 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
-#include "codec/wire.h"
+#include "codec/params.h"
 #include "core/checks.h"
 
 namespace palmette {
@@ -27,6 +28,24 @@ void check_sizes(const WireHeader& header, const Tensor& result, const char* nam
 // Where `what` was found wrong, "x must be finite, got nan at [0, 3, 17]" and the like.
 [[noreturn]] void throw_not_finite(const Tensor& x, int64_t begin, int64_t count, int64_t stride,
                                    const Tensor* m);
+
+// ---- for GPUs
+
+// What can be seen of a wire without looking into it: for a GPU, the rest is its own to check.
+void check_wire_tensor(const Tensor& wire);
+
+// t, or where it does not begin at a multiple of 16 bytes a copy that does; and back.
+Tensor aligned(const Tensor& t);
+void copy_back(Tensor to, const Tensor& used);
+
+// The parts of WireParams that every wire needs.
+WireParams wire_params(Tensor& wire);
+// Header and sections of a wire to come; the header's kind and options are there.
+WireParams wire_to_begin(Tensor& wire, WireHeader header, std::initializer_list<int64_t> section_ends);
+
+// What a GPU has left in the header of a wire that it wrote, as TahParams and FixpointParams have it: ~0 if
+// nothing is wrong. Such a header is cleared: nobody shall take it for a wire. The wire is on the CPU.
+uint64_t take_fault(Tensor& wire);
 
 // Zeros from `begin` to `end`.
 void clear(uint8_t* wire, int64_t begin, int64_t end);

@@ -33,6 +33,10 @@ inline T atomicOr(T* address, T value) {
   return palmette::emulator::exchange_by(address, [=](T old) { return static_cast<T>(old | value); });
 }
 template <class T>
+inline T atomicXor(T* address, T value) {
+  return palmette::emulator::exchange_by(address, [=](T old) { return static_cast<T>(old ^ value); });
+}
+template <class T>
 inline T atomicExch(T* address, T value) {
   return palmette::emulator::exchange_by(address, [=](T) { return value; });
 }
