@@ -116,6 +116,6 @@ void fixpoint_decode(const FixpointParams& p);
 
 // CRC-32C without its inversions: the state after `bytes` more bytes.
 template <Isa isa>
-uint32_t crc32c(uint32_t state, const uint8_t* data, int64_t bytes);
+__attribute__((visibility("hidden"))) uint32_t crc32c(uint32_t state, const uint8_t* data, int64_t bytes);
 
 }  // namespace palmette
