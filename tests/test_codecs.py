@@ -528,6 +528,22 @@ def test_what_is_not_finite(raising_backend, dtype, value):
     assert torch.equal(m, torch.zeros(2, 5, 128))
 
 
+def test_the_first_tile_is_named_whatever_is_wrong_with_it(raising_backend):
+    x = torch.zeros(1, 4, 256)
+    x[0, 1, 200], x[0, 2, 10] = NAN, 1e5
+    with pytest.raises(ValueError, match=r"^x must be finite, got nan at \[0, 1, 200\]$"):
+        palmette.tah_encode(x, gate="never")
+    x[0, 1, 3] = -1e5
+    with pytest.raises(ValueError, match="for the tile of token 1 of sample 0 at channel 0$"):
+        palmette.tah_encode(x, gate="never")
+    x[0, 1, 3] = 0
+    for gate in ("range", "always"):
+        y = x.clone()
+        y[0, 1, 200], y[0, 1, 129:140] = 3e38, -3e38  # sums overflow
+        with pytest.raises(ValueError, match="for the tile of token 1 of sample 0 at channel 128$"):
+            palmette.tah_encode(y, gate=gate, metadata="fp32")
+
+
 def test_ranges_beyond_fp16(raising_backend):
     x = torch.randn(2, 3, 128)
     x[1, 2, 64] = -70000

@@ -109,7 +109,7 @@ def test_bad_options(tmp_path, capsys):
 
 
 def test_settings():
-    assert DEFAULT.steps == DEFAULT.steps_per_epoch * DEFAULT.epochs == 72
+    assert DEFAULT.steps == DEFAULT.steps_per_epoch * DEFAULT.epochs == 64
     for settings in (DEFAULT, QUICK):
         assert settings.samples % settings.batch == settings.held_out % settings.batch == 0
     store = lambda: ActivationStore(capacity=2, slot_shape=(3, 64))  # noqa: E731

@@ -329,13 +329,7 @@ struct Tiles {
       V sizes[W];
       for (int i = 0; i < W; ++i) sizes[i] = size[i];
       const V top = across<MaxBits>(sizes);
-      if (const I bad = (I)top >= int32_t(kInfinity); S::any(bad)) {
-        for (int i = W - 1; i >= 0; --i) {
-          if (bad[i] != 0) work.note(tile + i, WireStatus::not_finite);
-        }
-        return;
-      }
-
+      const I infinite = (I)top >= int32_t(kInfinity);
       int pivot[W];
       uint32_t fires = 0;
       V raw_least[W], raw_most[W];
@@ -384,11 +378,11 @@ struct Tiles {
       }
       const I fits =
           (magnitude(zero) < S::splat(bit_float(kInfinity))) & (step < S::splat(bit_float(kInfinity)));
-      if (S::any(~fits)) {
-        for (int i = tiles - 1; i >= 0; --i) {
-          if (fits[i] == 0) work.note(tile + i, WireStatus::out_of_range);
+      if (const I bad = infinite | ~fits; S::any(bad)) {
+        for (int i = 0; i < tiles; ++i) {
+          if (bad[i] != 0)
+            return work.note(tile + i, infinite[i] != 0 ? WireStatus::not_finite : WireStatus::out_of_range);
         }
-        return;
       }
       if (o.metadata == Metadata::fp16) {
         for (int i = 0; i < tiles; ++i) {

@@ -23,6 +23,7 @@ COLOURS = {
     "plain": "#b0508c",
     "aq-sgd": "#d98b2b",
     "tah": "#1b6e4a",
+    "tah-range": "#3f9a86",
     "tah-delta": "#6fb98f",
 }
 

@@ -33,12 +33,12 @@ class Settings:
 
     layers: int | None = None
     context: int = 128
-    batch: int = 4
+    batch: int = 2
     microbatches: int = 2
-    samples: int = 48
-    epochs: int = 6
+    samples: int = 32
+    epochs: int = 4
     held_out: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     warmup: int = 6
     ratios: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)
     timed: int = 3
@@ -54,7 +54,7 @@ class Settings:
 
 
 DEFAULT = Settings()
-QUICK = Settings(layers=2, context=32, samples=8, epochs=3, held_out=4, timed=2, ratios=(1.0, 8.0))
+QUICK = Settings(layers=2, context=32, batch=4, samples=8, epochs=3, held_out=4, timed=2, ratios=(1.0, 8.0))
 
 
 class Method(NamedTuple):
@@ -78,6 +78,9 @@ METHODS = {
     "plain": Method("plain 4-bit", lambda store: _PLAIN, _PLAIN),
     "aq-sgd": Method("AQ-SGD (fw 4, bw 8)", lambda store: DeltaCodec(store(), bits=4), FixpointCodec(8)),
     "tah": Method("TAH (fw 3/4, bw 6)", lambda store: TahCodec(), FixpointCodec(6)),
+    "tah-range": Method(
+        "TAH, range gate (fw 3/4, bw 6)", lambda store: TahCodec(gate="range"), FixpointCodec(6)
+    ),
     "tah-delta": Method(
         "TAH of deltas (fw 3/4, bw 6)", lambda store: DeltaCodec(store(), codec=TahCodec()), FixpointCodec(6)
     ),
