@@ -120,7 +120,7 @@ def main() -> None:
         size = codec.wire_size((1, WINDOW, 576)) * 8 / WINDOW / 576
         rows.append([name, f"{found:.3f}", f"{found / exact - 1:+.2%}", f"{size:.2f}"])
     text += [
-        f"Perplexity of SmolLM2-135M-Instruct on the text of the GPL 3 ({TOKENS} tokens, windows of {WINDOW}), "
+        f"Perplexity of SmolLM2-135M-Instruct on the GPL 3 ({TOKENS} tokens, windows of {WINDOW}), "
         f"the activations behind layer {LAYER} quantized in tiles of 64:",
         "",
         table(["", "perplexity", "over float32", "bits per element"], rows),

@@ -534,13 +534,13 @@ def test_the_first_tile_is_named_whatever_is_wrong_with_it(raising_backend):
     with pytest.raises(ValueError, match=r"^x must be finite, got nan at \[0, 1, 200\]$"):
         palmette.tah_encode(x, gate="never")
     x[0, 1, 3] = -1e5
-    with pytest.raises(ValueError, match="for the tile of token 1 of sample 0 at channel 0$"):
+    with pytest.raises(ValueError, match=r"for the tile of token 1 of sample 0 at channel 0$"):
         palmette.tah_encode(x, gate="never")
     x[0, 1, 3] = 0
     for gate in ("range", "always"):
         y = x.clone()
         y[0, 1, 200], y[0, 1, 129:140] = 3e38, -3e38  # sums overflow
-        with pytest.raises(ValueError, match="for the tile of token 1 of sample 0 at channel 128$"):
+        with pytest.raises(ValueError, match=r"for the tile of token 1 of sample 0 at channel 128$"):
             palmette.tah_encode(y, gate=gate, metadata="fp32")
 
 
