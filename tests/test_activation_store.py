@@ -481,3 +481,27 @@ def test_prefetch_changes_nothing_while_rows_change():
         thread.join()
     fetched.check_equal()
     assert plain.sender.store.digest() == fetched.sender.store.digest()
+
+
+def test_a_refused_call_does_not_stand_in_the_way():
+    codec = DeltaCodec(make())
+    x = torch.randn(1, TOKENS, CHANNELS)
+    with pytest.raises(ValueError, match="out must be"):
+        codec.encode(x, [2], out=torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="wire must be"):
+        codec.decode(torch.zeros(3, dtype=torch.uint8), [3], x.shape)
+    assert list(codec.store) == []
+    codec.encode(x, [2])
+    assert list(codec.store) == [2]
+    with pytest.raises(ValueError, match=r"ids must be 64-bit integers, got 1\.5"):
+        codec.plan([4], x.shape, lengths=[1.5])
+    assert list(codec.store) == [2]
+
+
+def test_stores_of_two_processes_do_not_meet(tmp_path):
+    """Each has the file that it made, whoever's name it has in the end."""
+    stores = [make(file=tmp_path / "rows") for _ in range(2)]
+    for value, store in enumerate(stores):
+        DeltaCodec(store).encode(torch.full((1, TOKENS, CHANNELS), float(value)), [0])
+    assert [float(store[0].mean()) for store in stores] == [0.0, 1.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]

@@ -17,6 +17,10 @@ constexpr int32_t kSqrtHalf = 0x3F3504F3;
 constexpr int kEntropySums = 32;
 // Steps below are taken for 0: their inverses could overflow.
 constexpr float kLeastStep = 1.17549435e-38f;
+// Steps and magnitudes that fp16 holds with less than its 11 bits are rounded up to a multiple of its
+// smallest number: rounded down, or to 0, they would cut off what they are to cover.
+constexpr float kLeastHalf = 6.103515625e-5f, kHalvesPerOne = 16777216.0f;  // 2^-14, 2^24
+constexpr float kMostHalf = 65504.0f;
 constexpr uint32_t kInfinity = 0x7F800000u;
 
 // 1 / sqrt(2^k), rounded to float.

@@ -134,6 +134,16 @@ PALMETTE_INLINE void each_run(const FixpointParams& p, int64_t begin, int64_t en
   }
 }
 
+// What m becomes: within its dtype's range, whatever a delta's rounding adds.
+template <class M>
+PALMETTE_INLINE V moved(V m, V by) {
+  const V sum = m + by;
+  if constexpr (std::is_same_v<M, fp16>)
+    return S::min(S::max(sum, S::splat(-kMostHalf)), S::splat(kMostHalf));
+  else
+    return sum;
+}
+
 template <class E, class M>
 struct Codes {
   struct Levels {
@@ -169,7 +179,7 @@ struct Codes {
             store_bytes<L>(to, __builtin_convertvector(level + levels.half, I));
             if (m == nullptr) continue;
             const V step = whole ? S::splat(steps[s]) : S::load(steps + s);
-            S::store(m + at, S::load(m + at) + level * step);
+            S::store(m + at, moved<M>(S::load(m + at), level * step));
           } else {
             const int n = int(count - i);
             const V inverse = whole ? S::splat(inverses[s]) : S::load_n(inverses + s, n);
@@ -177,7 +187,7 @@ struct Codes {
             for (int k = 0; k < n; ++k) to[k] = uint8_t(level[k] + levels.half[k]);
             if (m == nullptr) continue;
             const V step = whole ? S::splat(steps[s]) : S::load_n(steps + s, n);
-            S::store_n(m + at, S::load_n(m + at, n) + level * step, n);
+            S::store_n(m + at, moved<M>(S::load_n(m + at, n), level * step), n);
           }
         }
       });
@@ -209,13 +219,13 @@ struct Codes {
             if (m == nullptr)
               S::store(out + at, value);
             else
-              S::store(m + at, S::load(m + at) + value);
+              S::store(m + at, moved<M>(S::load(m + at), value));
           } else {
             const V value = level * (whole ? S::splat(p.steps[s]) : S::load_n(p.steps + s, n));
             if (m == nullptr)
               S::store_n(out + at, value, n);
             else
-              S::store_n(m + at, S::load_n(m + at, n) + value, n);
+              S::store_n(m + at, moved<M>(S::load_n(m + at, n), value), n);
           }
         }
       });
@@ -262,7 +272,12 @@ void fixpoint_scales<Isa::PALMETTE_ISA_NS>(const FixpointParams& p) {
       most = other > most ? other : most;
     }
     body::fp16 half;
-    body::S::from_scalar(half, body::bit_float(most));
+    float size = body::bit_float(most);
+    if (size < kLeastHalf) {
+      const float units = size * kHalvesPerOne, whole = float(int(units));
+      size = (whole < units ? whole + 1.0f : whole) * (1.0f / kHalvesPerOne);
+    }
+    body::S::from_scalar(half, size);
     const bool finite = most < kInfinity;
     if (!finite || half.bits >= 0x7C00) {
       *p.fault = uint64_t(i) * 16 + uint64_t(finite ? WireStatus::out_of_range : WireStatus::not_finite);

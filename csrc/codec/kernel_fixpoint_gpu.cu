@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kGroups* kLanes)
   const int64_t i = int64_t{blockIdx.x} * kGroups * kLanes + threadIdx.x;
   if (i >= p.layout.scales) return;
   const uint32_t most = p.magnitudes[i];
-  const fp16 half = narrow<fp16>(__uint_as_float(most));
+  const fp16 half = narrow_up(__uint_as_float(most));
   if (most >= kInfinity || half.bits >= 0x7C00u)
     note_fault(p.wire, i, most >= kInfinity ? WireStatus::not_finite : WireStatus::out_of_range);
   reinterpret_cast<uint16_t*>(p.wire + p.layout.absmax)[i] = half.bits;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kGroups* kLanes)
       if (adds) {
         slices.load(p.steps, count, scale);
 #pragma unroll
-        for (int k = 0; k < kEach; ++k) m[k] = add(m[k], times(v[k], scale[k]));
+        for (int k = 0; k < kEach; ++k) m[k] = moved<M>(m[k], times(v[k], scale[k]));
         store_group(static_cast<M*>(p.m) + begin, all, m);
       }
     }
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kGroups* kLanes)
       float m[kEach];
       load_group(out + begin, all, m);
 #pragma unroll
-      for (int k = 0; k < kEach; ++k) v[k] = add(m[k], v[k]);
+      for (int k = 0; k < kEach; ++k) v[k] = moved<E>(m[k], v[k]);
     }
     store_group(out + begin, all, v);
   }

@@ -371,6 +371,10 @@ struct Tiles {
       const V exact_zero = zero, exact_step = step;
       fp16 half_zero[W], half_step[W];
       if (o.metadata == Metadata::fp16) {
+        const V units = step * kHalvesPerOne, magic = S::splat(12582912.0f);
+        V whole = (units + magic) - magic;  // to the nearest, then up
+        whole = S::select(whole < units, whole + 1.0f, whole);
+        step = S::select(step < S::splat(kLeastHalf), whole * (1.0f / kHalvesPerOne), step);
         S::store(half_zero, zero);
         S::store(half_step, step);
         zero = S::load(half_zero);
@@ -580,6 +584,8 @@ void tah_entropy<Isa::PALMETTE_ISA_NS>(const TahParams& p) {
 
 template <>
 void tah_encode<Isa::PALMETTE_ISA_NS>(const TahParams& p) {
+  *p.fault = ~uint64_t{0};
+  if (p.layout.tiles == 0) return;
   body::Work work{&p, p.layout.tokens, p.chunk_tokens};
   body::with_element(p.dtype, [&]<class E>() {
     body::with_tile<E>(p.options.tile_log2, [&]<class T>() { work.run(&T::encode_worker); });
@@ -589,6 +595,7 @@ void tah_encode<Isa::PALMETTE_ISA_NS>(const TahParams& p) {
 
 template <>
 void tah_decode<Isa::PALMETTE_ISA_NS>(const TahParams& p) {
+  if (p.layout.tiles == 0) return;
   body::Work work{&p, p.layout.tokens, p.chunk_tokens};
   body::with_element(p.dtype, [&]<class E>() {
     body::with_tile<E>(p.options.tile_log2, [&]<class T>() { work.run(&T::decode_worker); });

@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kGroups* kLanes) tah_encode_kernel(const __gri
     const float exact_zero = zero, exact_size = size;
     if (o.metadata == Metadata::fp16) {
       zero = widen(narrow<fp16>(zero));
-      size = widen(narrow<fp16>(size));
+      size = widen(narrow_up(size));
     }
     if (exists && mine == 0) {
       if (top_bits >= kInfinity) {

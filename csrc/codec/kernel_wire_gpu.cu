@@ -153,7 +153,7 @@ __device__ __forceinline__ WireStatus verdict(const WireParams& p, const WireHea
   if (h.checksum != checksum) return WireStatus::checksum;
   if (h.kind != static_cast<uint8_t>(p.kind)) return WireStatus::kind;
   const auto bits = [](int b) { return b >= 2 && b <= 8; };
-  if (!bits(h.low_bits) || !bits(h.high_bits)) return WireStatus::option;
+  if (!bits(h.low_bits) || !bits(h.high_bits) || h.low_bits > h.high_bits) return WireStatus::option;
   const bool tah = p.kind == WireKind::tah;
   if (tah) {
     if (h.tile_log2 < 3 || h.tile_log2 > 8 || h.allocation > static_cast<uint8_t>(Allocation::tile) ||

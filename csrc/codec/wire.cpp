@@ -37,7 +37,7 @@ void segment_worker(void* ctx, int64_t worker) {
 
 const char* option_fault(const WireHeader& h, WireKind kind) {
   const auto bits = [](int b) { return b >= 2 && b <= 8; };
-  if (!bits(h.low_bits) || !bits(h.high_bits)) return "bits";
+  if (!bits(h.low_bits) || !bits(h.high_bits) || h.low_bits > h.high_bits) return "bits";
   if (kind != WireKind::tah) return h.allocation > static_cast<int>(Grid::full_range) ? "grid" : nullptr;
   if (h.tile_log2 < 3 || h.tile_log2 > 8) return "tile size";
   if (h.allocation > static_cast<int>(Allocation::tile)) return "allocation";
@@ -144,6 +144,17 @@ void check_sizes(const WireHeader& h, const Tensor& result, const char* name) {
     same = d >= 2 && static_cast<uint64_t>(result.size(d - 1)) == h.sizes[2] &&
            static_cast<uint64_t>(result.size(d - 2)) == h.sizes[1] &&
            h.sizes[2] % (uint64_t{1} << h.tile_log2) == 0;
+  }
+  if (h.kind != static_cast<int>(WireKind::tah) && same && n > 0) {
+    // P and P * R end between dimensions
+    uint64_t before = 1;
+    bool outer = h.sizes[0] == 1, inner = h.sizes[0] * h.sizes[1] == 1;
+    for (int64_t i = 0; i < result.dim(); ++i) {
+      before *= static_cast<uint64_t>(result.size(i));
+      outer = outer || before == h.sizes[0];
+      inner = inner || before == h.sizes[0] * h.sizes[1];
+    }
+    same = outer && inner;
   }
   if (same) return;
   require(false, name, text("of the wire's shape, [", h.sizes[0], ", ", h.sizes[1], ", ", h.sizes[2], "]"),

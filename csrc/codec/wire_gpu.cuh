@@ -84,6 +84,20 @@ __device__ __forceinline__ void store_some(E* to, int64_t count, const float (&v
   }
 }
 
+// As fp16, rounded up where it has less than its 11 bits.
+__device__ __forceinline__ fp16 narrow_up(float x) {
+  return narrow<fp16>(x < kLeastHalf ? times(ceilf(times(x, kHalvesPerOne)), 1.0f / kHalvesPerOne) : x);
+}
+// What m of a delta becomes: within its dtype's range.
+template <class M>
+__device__ __forceinline__ float moved(float m, float by) {
+  return add(m, by);
+}
+template <>
+__device__ __forceinline__ float moved<fp16>(float m, float by) {
+  return fminf(fmaxf(add(m, by), -kMostHalf), kMostHalf);
+}
+
 // A group's 256 neighbours, `count` of which exist; all lanes come here. Eight floats are two accesses of 16
 // bytes. Two lanes share theirs, so that each access has whole sectors of 32 bytes.
 __device__ __forceinline__ void swap_halves(float (&v)[kEach] PALMETTE_COMMA_SITE) {

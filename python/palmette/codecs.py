@@ -135,7 +135,8 @@ def tah_encode(
         gate: ``"ratio"`` fires where the largest magnitude is at least ``threshold`` times the second;
             ``"range"`` where the transform makes the range of the tile smaller (*ours*: also with several
             outliers, at more work); ``"never"``, ``"always"``. The receiver does not need to know.
-        metadata: dtype of a tile's zero point and step. ``"fp16"`` raises where they are beyond 65,504.
+        metadata: dtype of a tile's zero point and step. ``"fp16"`` raises where they are beyond 65,504, and
+            has multiples of 6e-8 only: for numbers below 1e-5 take ``"fp32"``, or scale them.
         rounded: codes refer to the zero point and step as they are sent. False: as they were before rounding
             to fp16, like the public code; the error is larger.
         out: uint8 [tah_wire_size(...)], contiguous; receives the wire.
@@ -149,10 +150,10 @@ def tah_encode(
 
     Source: TAH-Quant (arXiv 2506.01352), sections 3.2 and 3.3; tiles instead of tokens: its second version.
     """
-    options = TahCodec(
+    codec = TahCodec(
         tile_size, low_bits, high_bits, high_ratio, threshold, allocation, gate, metadata, rounded
     )
-    return options.encode(x, out=out)
+    return codec.encode(x, out=out)
 
 
 def tah_decode(
@@ -215,9 +216,11 @@ def fixpoint_encode(
         ValueError: an option or shape does not fit; an element is not finite or its magnitude beyond 65,504
             (the message names the place; on a GPU ``wire_status`` tells).
 
+    Scales are multiples of 6e-8: scale gradients that are smaller.
+
     Source: AC-SGD (arXiv 2206.01299), section 4 and its public code: gradients of activations.
     """
-    return FixpointCodec(bits, tuple(scale_dims), grid).encode(x, out=out)
+    return FixpointCodec(bits, scale_dims, grid).encode(x, out=out)
 
 
 def fixpoint_decode(
@@ -229,7 +232,7 @@ def fixpoint_decode(
 
 def fixpoint_wire_size(shape: Sequence[int], *, bits: int, scale_dims: Sequence[int] = (0, 1)) -> int:
     """Bytes of ``fixpoint_encode``'s wire for a tensor of this shape."""
-    return FixpointCodec(bits, tuple(scale_dims)).wire_size(shape)
+    return FixpointCodec(bits, scale_dims).wire_size(shape)
 
 
 # ---- deltas
@@ -249,7 +252,7 @@ def delta_encode_(
     Args:
         x: float32, bfloat16 or float16. All elements are finite.
         m: of x's shape, contiguous, any of the three dtypes, changed in place: ``m += decoded``, in float32,
-            rounded once to m's dtype.
+            rounded once to m's dtype; as float16 it stays within 65,504.
         bits, scale_dims, grid, out: as for ``fixpoint_encode``.
 
     Returns:
@@ -261,11 +264,13 @@ def delta_encode_(
 
     Source: AQ-SGD (arXiv 2206.01299), algorithm 1.
     """
-    codec = FixpointCodec(bits, tuple(scale_dims), grid)
+    codec = FixpointCodec(bits, scale_dims, grid)
     groups = codec.groups(x.shape)
     _check_encoded("x", x)
     _check_message(m, x.shape, x.device)
+    _check_apart("m", m, "x", x)
     wire = _wire_for(x, codec.wire_size(x.shape), out)
+    _check_apart("out", wire, "m", m)
     _library.call(_ops.delta_encode_.default, x.detach(), m, groups, bits, _GRIDS.index(grid), wire)
     return wire
 
@@ -285,6 +290,7 @@ def delta_decode_(wire: Tensor, m: Tensor) -> Tensor:
     """
     check_dtype("wire", wire, (torch.uint8,))
     _check_message(m, m.shape, wire.device)
+    _check_apart("m", m, "wire", wire)
     _library.call(_ops.delta_decode_.default, wire, m)
     return m
 
@@ -307,7 +313,11 @@ def wire_status(wire: Tensor) -> str:
 
 
 class Codec(ABC):
-    """A way to send tensors: a wire of known size, encoded on one side and decoded on the other."""
+    """A way to send tensors: a wire of known size, encoded on one side and decoded on the other.
+
+    Subclasses have the three methods, and a ``repr`` that tells all options and nothing else: the two ends of
+    a pipeline's edge compare it.
+    """
 
     @abstractmethod
     def wire_size(self, shape: Sequence[int]) -> int:
@@ -333,7 +343,7 @@ class Codec(ABC):
 class CastCodec(Codec):
     """Sends elements as they are, in another dtype: float32 is lossless, bfloat16 halves the bytes.
 
-    Its wire has no header: it is the tensor's memory.
+    Its wire has no header: it is the tensor's memory. Numbers beyond the dtype's range become infinite.
     """
 
     dtype: torch.dtype = torch.float32
@@ -348,7 +358,7 @@ class CastCodec(Codec):
     def encode(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         _check_encoded("x", x)
         wire = _wire_for(x, self.wire_size(x.shape), out)
-        wire.view(self.dtype).copy_(x.detach().reshape(-1))
+        _memory_of("out", wire, self.dtype).copy_(x.detach().reshape(-1))
         return wire
 
     def decode(
@@ -362,7 +372,7 @@ class CastCodec(Codec):
         check_dtype("wire", wire, (torch.uint8,))
         check_shape("wire", wire, "[wire_size]", [self.wire_size(shape)])
         result = _result_for(wire, shape, dtype, out)
-        return result.copy_(wire.view(self.dtype).view(*shape))
+        return result.copy_(_memory_of("wire", wire, self.dtype).view(tuple(shape)))
 
 
 @dataclass(frozen=True)
@@ -391,10 +401,13 @@ class TahCodec(Codec):
             raise ValueError(f"low_bits must be at most high_bits = {self.high_bits}, got {self.low_bits}")
         check_number("high_ratio", self.high_ratio, 0, 1)
         check_number("threshold", self.threshold, 1, 2.0**100)
+        if not isinstance(self.rounded, bool):
+            raise ValueError(f"rounded must be True or False, got {self.rounded!r}")
         for name, names in (("allocation", _ALLOCATIONS), ("gate", _GATES), ("metadata", _METADATA)):
             _check_choice(name, getattr(self, name), names)
 
     def _sizes(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        _check_sizes(shape)
         if len(shape) < 2:
             raise ValueError(f"x must be [..., S, C], got {list(shape)}")
         if shape[-1] % self.tile_size:
@@ -466,17 +479,20 @@ class FixpointCodec(Codec):
     """
 
     bits: int = 8
-    scale_dims: tuple[int, ...] = (0, 1)
+    scale_dims: Sequence[int] = (0, 1)
     grid: str = "ac-sgd"
 
     def __post_init__(self) -> None:
         _check_bits(bits=self.bits)
         _check_choice("grid", self.grid, _GRIDS)
-        if not self.scale_dims or not all(map(_is_int, self.scale_dims)):
-            raise ValueError(f"scale_dims must be dimensions of x, got {self.scale_dims!r}")
+        dims = self.scale_dims
+        if not isinstance(dims, Sequence) or not dims or not all(map(_is_int, dims)):
+            raise ValueError(f"scale_dims must be dimensions of x, got {dims!r}")
+        object.__setattr__(self, "scale_dims", tuple(dims))  # equal codecs have equal reprs
 
     def groups(self, shape: Sequence[int]) -> list[int]:
         """``[P, R, Q]``: x as that shape has P * Q scales, each for R elements."""
+        _check_sizes(shape)
         dims = sorted({d + len(shape) if d < 0 else d for d in self.scale_dims})
         if dims[0] < 0 or dims[-1] >= len(shape) or len(dims) != len(self.scale_dims):
             raise ValueError(f"scale_dims must be dimensions of x {list(shape)}, got {self.scale_dims}")
@@ -513,6 +529,13 @@ class FixpointCodec(Codec):
 
 
 # ---- checks
+
+
+def _check_sizes(shape: Sequence[int]) -> None:
+    # sizes may be symbols of a compiler, whose values nobody knows
+    known = isinstance(shape, Sequence) and not any(isinstance(n, (bool, float, str)) for n in shape)
+    if not known or any(_is_int(n) and n < 0 for n in shape):
+        raise ValueError(f"shape must be sizes of at least 0, got {shape!r}")
 
 
 def _is_int(value: object) -> bool:
@@ -560,12 +583,40 @@ def _check_no_gradients(x: Tensor, out: Tensor) -> None:
         raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
 
 
+def _memory_of(name: str, wire: Tensor, dtype: torch.dtype) -> Tensor:
+    """A wire without a header as elements."""
+    if not wire.is_contiguous() or wire.storage_offset() % dtype.itemsize:
+        raise ValueError(
+            f"{name} must be contiguous and begin at a multiple of {dtype.itemsize} bytes, got strides "
+            f"{list(wire.stride())} from byte {wire.storage_offset()} on"
+        )
+    return wire.view(dtype)
+
+
+def _check_apart(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """What is written and what is read must not be the same memory."""
+    if torch.compiler.is_compiling() or t.numel() == 0 or other.numel() == 0 or t.device != other.device:
+        return
+    if t.device.type == "meta" or t.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return
+
+    def span(x: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        begin = int(x.storage_offset()) * x.element_size()
+        return begin, begin + int(last + 1) * x.element_size()
+
+    (begin, end), (other_begin, other_end) = span(t), span(other)
+    if begin < other_end and other_begin < end:
+        raise ValueError(f"{name} must be other memory than {other_name}, got memory of it")
+
+
 def _wire_for(x: Tensor, size: int, out: Tensor | None) -> Tensor:
     if out is None:
         return torch.empty(size, dtype=torch.uint8, device=x.device)
     check_dtype("out", out, (torch.uint8,))
     check_shape("out", out, "[wire_size]", [size])
     check_device("out", out, x.device)
+    _check_apart("out", out, "x", x)
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
     return out
@@ -574,12 +625,14 @@ def _wire_for(x: Tensor, size: int, out: Tensor | None) -> Tensor:
 def _result_for(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
     if dtype not in ENCODED:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    _check_sizes(shape)
     if out is None:
         return torch.empty(tuple(shape), dtype=dtype, device=wire.device)
     check_dtype("out", out, (dtype,))
     check_shape("out", out, "shape", shape)
     check_device("out", out, wire.device)
     _check_no_gradients(wire, out)
+    _check_apart("out", out, "wire", wire)
     return out
 
 

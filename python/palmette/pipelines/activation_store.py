@@ -14,6 +14,7 @@ Source: AQ-SGD (arXiv 2206.01299), algorithm 1; its public code keeps one file f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -27,7 +28,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -106,11 +107,7 @@ class ActivationStore:
         self.dtype = dtype
         self._row_bytes = slot_shape[1] * dtype.itemsize
         self._slot_bytes = slot_shape[0] * self._row_bytes
-        with _scratch_file(file) as opened:
-            size = mmap.PAGESIZE + capacity * self._slot_bytes
-            os.posix_fallocate(opened.fileno(), 0, size)
-            self._map = mmap.mmap(opened.fileno(), size)
-        self._map[: len(_SCRATCH)] = _SCRATCH
+        self._map = _scratch_file(file, mmap.PAGESIZE + capacity * self._slot_bytes)
         rows = torch.frombuffer(self._map, dtype=dtype, offset=mmap.PAGESIZE)
         self._rows = rows.view(capacity, *self.slot_shape)
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # the least recently visited first
@@ -354,6 +351,8 @@ class ActivationStore:
                 entry = store._entries[sample] = _Entry(sample, store._free.pop(), length, checksum)
                 if saved.readinto(store._bytes(entry)) != length * store._row_bytes:
                     raise ValueError(f"{str(path)!r} must be whole, got a file that is cut off")
+            if saved.read(1):
+                raise ValueError(f"{str(path)!r} must be as it was saved, got a longer file")
             altered = store.verify()
         if altered:
             raise ValueError(
@@ -384,16 +383,29 @@ def _parts(entries: Sequence[_Entry], rows: Tensor) -> Iterator[tuple[_Entry, Te
     return zip(entries, rows.split([entry.length for entry in entries]), strict=True)
 
 
-def _scratch_file(file: str | os.PathLike[str] | None) -> BinaryIO:
+def _scratch_file(file: str | os.PathLike[str] | None, size: int) -> mmap.mmap:
+    """So many bytes of a new file, mapped. The file has its name only when it is whole."""
     if file is None:
-        return tempfile.TemporaryFile()
+        with tempfile.TemporaryFile() as unnamed:
+            os.posix_fallocate(unnamed.fileno(), 0, size)
+            return mmap.mmap(unnamed.fileno(), size)
     path = Path(file)
-    if path.exists():
+    try:
         with path.open("rb") as existing:
             if existing.read(len(_SCRATCH)) != _SCRATCH:
                 raise FileExistsError(f"file must be new or an activation store, got {str(path)!r}")
-        path.unlink()  # not truncated: a process that still has it mapped keeps it
-    return path.open("x+b")
+    except FileNotFoundError:
+        pass
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("w+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, size)
+            mapped = mmap.mmap(opened.fileno(), size)
+        mapped[: len(_SCRATCH)] = _SCRATCH
+        temporary.replace(path)  # a process that still has the old one mapped keeps it
+    finally:
+        temporary.unlink(missing_ok=True)
+    return mapped
 
 
 # ---- the wire
@@ -492,7 +504,7 @@ class DeltaCodec:
         if len(samples) != shape[0]:
             raise ValueError(f"ids must be [B] = [{shape[0]}], got [{len(samples)}]")
         width = math.prod(shape[1:-1])
-        sizes = [width] * len(samples) if lengths is None else list(lengths)
+        sizes = [width] * len(samples) if lengths is None else sample_ids(lengths)
         if len(sizes) != len(samples) or not all(1 <= size <= width for size in sizes):
             raise ValueError(f"lengths must be [{len(samples)}] numbers in [1, {width}], got {sizes}")
         groups = _occurrences(samples)
@@ -545,7 +557,8 @@ class DeltaCodec:
         check_shape("x", x, "the plan's shape", plan.shape)
         if out is None:
             out = torch.empty(plan.wire_size, dtype=torch.uint8, device=x.device)
-        _check_wire("out", out, plan, x.device)
+        with self._undone_if_refused(plan, made=not isinstance(ids, DeltaPlan)):
+            _check_wire("out", out, plan, x.device)
         self._take_turn(plan)
         samples = x.detach().reshape(*_row_shape(plan.shape))
         for part in plan.rounds:
@@ -598,12 +611,13 @@ class DeltaCodec:
         """
         check_dtype("wire", wire, (torch.uint8,))
         plan = ids if isinstance(ids, DeltaPlan) else self.plan(ids, shape, lengths=lengths)
-        _check_wire("wire", wire, plan, wire.device)
-        if out is None:
-            out = torch.empty(plan.shape, dtype=dtype, device=wire.device)
-        check_dtype("out", out, (dtype,))
-        check_shape("out", out, "shape", plan.shape)
-        check_device("out", out, wire.device)
+        with self._undone_if_refused(plan, made=not isinstance(ids, DeltaPlan)):
+            _check_wire("wire", wire, plan, wire.device)
+            if out is None:
+                out = torch.empty(plan.shape, dtype=dtype, device=wire.device)
+            check_dtype("out", out, (dtype,))
+            check_shape("out", out, "shape", plan.shape)
+            check_device("out", out, wire.device)
         self._take_turn(plan)
         samples = out.view(*_row_shape(plan.shape))
         for part in plan.rounds:
@@ -636,7 +650,22 @@ class DeltaCodec:
 
     def _add(self, wire: Tensor, m: Tensor) -> None:
         """What both ends do with a delta."""
-        m.copy_(m.float() + self.codec.decode(wire, m.shape))
+        moved = m.float() + self.codec.decode(wire, m.shape)
+        most = torch.finfo(m.dtype).max  # a delta's rounding may lead beyond
+        m.copy_(moved.clamp_(-most, most))
+
+    @contextlib.contextmanager
+    def _undone_if_refused(self, plan: DeltaPlan, *, made: bool) -> Iterator[None]:
+        """A plan that was made for a call which is refused must not stand in the way of the next one."""
+        try:
+            yield
+        except ValueError:
+            if made:
+                self._done = plan.serial
+                self.store.invalidate(
+                    [entry.sample for part in plan.rounds for _, entry in part.visit.misses]
+                )
+            raise
 
     def _take_turn(self, plan: DeltaPlan) -> None:
         if plan.serial != self._done + 1:

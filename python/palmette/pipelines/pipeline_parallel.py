@@ -370,8 +370,8 @@ class QuantPipelineStage(PipelineStage):
         """A step begins."""
         super().clear_runtime_states()
         self._incoming.clear()
-        self._step_samples, self._samples = self._samples, None
-        if self.has_backward:
+        if self.has_backward:  # evaluation leaves the ids to the next step of training
+            self._step_samples, self._samples = self._samples, None
             if self._agreed and self._steps % self.check_every == 0:
                 self._compare_stores()
             self._steps += 1

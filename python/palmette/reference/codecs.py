@@ -139,6 +139,11 @@ def fwht(x: Tensor) -> Tensor:
     return x
 
 
+def _half_up(x: Tensor) -> Tensor:
+    """float16 of numbers >= 0: below 2^-14, where it has less than its 11 bits, rounded up."""
+    return torch.where(x < 2.0**-14, (x * 2.0**24).ceil() * 2.0**-24, x).half()
+
+
 # ---- Hadamard tile quantization
 
 
@@ -237,7 +242,7 @@ def tah_encode(x: Tensor, options: TahOptions) -> Tensor:
     step = torch.where(step < 2.0**-126, 0.0, step)
     exact = least, step
     if o.metadata == "fp16":
-        least, step = least.half().float(), step.half().float()
+        least, step = least.half().float(), _half_up(step).float()
     zero, scale = (least, step) if o.rounded else exact
     inverse = torch.where(scale < 2.0**-126, 0.0, 1 / scale)
     codes = ((values - zero[:, None]) * inverse[:, None]).clamp(torch.tensor(0.0), steps[:, None])
@@ -322,7 +327,7 @@ def _grid(absmax: Tensor, bits: int, grid: str) -> tuple[Tensor, int, int]:
 
 def fixpoint_levels(x: Tensor, bits: int, grid: str) -> tuple[Tensor, Tensor, Tensor]:
     """x [P, R, Q]: absmax [P, Q] in fp16, levels [P, R, Q], and what they stand for."""
-    absmax = x.abs().amax(1).half() if x.shape[1] else torch.zeros(x.shape[0], x.shape[2]).half()
+    absmax = _half_up(x.abs().amax(1)) if x.shape[1] else torch.zeros(x.shape[0], x.shape[2]).half()
     step, least, most = _grid(absmax.float(), bits, grid)
     inverse = torch.where(step < 2.0**-126, 0.0, 1 / step)
     levels = (x * inverse[:, None]).clamp(least, most).round() + 0.0
@@ -341,5 +346,6 @@ def delta_encode_(x: Tensor, m: Tensor, bits: int, grid: str = "ac-sgd") -> Tens
     """The wire of x - m, [P, R, Q]; m becomes what the receiver's becomes."""
     delta = x.float() - m.float()
     wire = fixpoint_encode(delta, bits, grid, kind="delta")
-    m.copy_(m.float() + fixpoint_levels(delta, bits, grid)[2])
+    moved = m.float() + fixpoint_levels(delta, bits, grid)[2]
+    m.copy_(moved.clamp(-65504, 65504) if m.dtype == torch.float16 else moved)
     return wire

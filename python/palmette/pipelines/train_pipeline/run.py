@@ -46,6 +46,14 @@ class Pipeline:
     ) -> None:
         self.link = link
         self.workers: list[subprocess.Popen[str]] = []
+        try:
+            self._start(method, settings, model, timeout)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _start(self, method: str, settings: Settings, model: str | None, timeout: float) -> None:
+        link = self.link
         link.set_rate(None)
         with socket.socket() as found:  # free here, and in the other namespace anyway
             found.bind(("127.0.0.1", 0))
