@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <vector>
@@ -37,18 +38,18 @@ uint32_t ordered(float key) {
 struct Selection {
   const float* keys;
   int64_t batch, rows, low_count;
-  std::vector<uint8_t> low;  // [batch * rows]: a byte each, as samples need not begin with a byte of bits
+  std::vector<uint8_t> low{};  // [batch * rows]: a byte each, as samples need not begin with a byte of bits
+  std::atomic<int64_t> next{0};
 
   void run() {
     low.assign(static_cast<size_t>(batch * rows), 0);
     if (low_count == 0 || low.empty()) return;
     run_workers(
         std::min(batch, num_workers()),
-        [](void* ctx, int64_t worker) {
+        [](void* ctx, int64_t) {
           auto& s = *static_cast<Selection*>(ctx);
-          const int64_t workers = std::min(s.batch, num_workers());
           std::vector<uint64_t> order(static_cast<size_t>(s.rows));
-          for (int64_t b = worker; b < s.batch; b += workers) s.select(b, order);
+          for (int64_t b; (b = s.next.fetch_add(1)) < s.batch;) s.select(b, order);
         },
         this);
   }
@@ -251,7 +252,7 @@ void tah_encode_op(Tensor x, int64_t tile_size, int64_t low_bits, int64_t high_b
     dispatch_isa([&]<Isa isa>() { tah_entropy<isa>(p); });
   }
   if (p.options.allocation != Allocation::none) {
-    Selection selection{entropies.data(), p.batch, rows, low_count, {}};
+    Selection selection{entropies.data(), p.batch, rows, low_count};
     selection.run();
     selection.write(p.wire + l.low);
   }

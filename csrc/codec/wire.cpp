@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -23,13 +24,13 @@ struct Segments {
   const uint8_t* data;
   int64_t bytes;
   std::vector<uint32_t> states;
+  std::atomic<int64_t> next{0};
 };
 
 template <Isa isa>
-void segment_worker(void* ctx, int64_t worker) {
+void segment_worker(void* ctx, int64_t) {
   auto& s = *static_cast<Segments*>(ctx);
-  const auto count = static_cast<int64_t>(s.states.size()), workers = std::min(count, num_workers());
-  for (int64_t i = count * worker / workers; i < count * (worker + 1) / workers; ++i) {
+  for (int64_t i; (i = s.next.fetch_add(1)) < static_cast<int64_t>(s.states.size());) {
     const int64_t begin = i * kSegment;
     s.states[static_cast<size_t>(i)] = crc32c<isa>(0, s.data + begin, std::min(kSegment, s.bytes - begin));
   }
