@@ -67,7 +67,7 @@ void encode_on_gpu(GpuLaunch& gpu, FixpointParams p, const WireHeader& header, c
   gpu.writes(steps, "steps");
   gpu.run("fixpoint_encode", FixpointLaunch{p, w});
   copy_back(wire, to);
-  if (m != nullptr) copy_back(*m, *used);
+  if (m != nullptr && used.has_value()) copy_back(*m, *used);
   if (!wire.is_cpu()) return;
   if (const uint64_t fault = take_fault(wire); fault != ~uint64_t{0}) throw_fault(p, given, m, fault);
 }

@@ -483,18 +483,18 @@ struct Tiles {
       float metadata[2 * W] = {};
       if (o.metadata == Metadata::fp16) {
         fp16 halves[2 * W] = {};
-        std::memcpy(halves, p.wire + p.layout.metadata + 4 * tile, size_t(4 * tiles));
+        std::memcpy(halves, p.wire + p.layout.metadata + 4 * tile, size_t{4} * size_t(tiles));
         S::store(metadata, S::load(halves));
         S::store(metadata + W, S::load(halves + W));
       } else {
-        std::memcpy(metadata, p.wire + p.layout.metadata + 8 * tile, size_t(8 * tiles));
+        std::memcpy(metadata, p.wire + p.layout.metadata + 8 * tile, size_t{8} * size_t(tiles));
       }
       const uint32_t low = low_bits.next(tiles);
       for (int i = 0; i < tiles; ++i) {
         const int bits = low >> i & 1 ? o.low_bits : o.high_bits;
         const uint8_t* from = codes;
         if (codes > readable) {  // whole vectors could reach beyond the wire
-          std::memcpy(scratch.packed, codes, size_t(kWords * bits));
+          std::memcpy(scratch.packed, codes, size_t{kWords} * size_t(bits));
           from = scratch.packed;
         }
         unpack_codes(from, kWords, bits, scratch.codes);

@@ -269,7 +269,7 @@ void tah_encode_op(Tensor x, int64_t tile_size, int64_t low_bits, int64_t high_b
   finish_wire(p.wire, header, l.end);
 }
 
-void tah_decode_op(const Tensor& wire, Tensor out) {
+void tah_decode_op(const Tensor& wire, const Tensor& out) {
   check_device(out, "out", wire, "wire");
   check_dtype(out, "out", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_contiguous(out, "out");

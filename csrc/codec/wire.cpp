@@ -55,6 +55,8 @@ const char* kind_text(int kind) {
       return "fixpoint_encode";
     case WireKind::delta:
       return "delta_encode_";
+    case WireKind::none:
+      break;
   }
   return "nobody";
 }

@@ -22,7 +22,7 @@ constexpr uint32_t kWireMagic = 0x544D4C50;  // "PLMT"
 constexpr uint8_t kWireVersion = 1;
 constexpr int64_t kSectionAlignment = 16;
 
-enum class WireKind : uint8_t { tah = 1, fixpoint = 2, delta = 3 };
+enum class WireKind : uint8_t { none = 0, tah = 1, fixpoint = 2, delta = 3 };
 enum class Allocation : uint8_t { none, token, tile };
 enum class Gate : uint8_t { never, ratio, range, always };
 enum class Metadata : uint8_t { fp16, fp32 };
