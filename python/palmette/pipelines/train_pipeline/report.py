@@ -134,12 +134,13 @@ def markdown(run: Run) -> str:
     )
     link = (
         f"The link: {run.link.description}. Its rates are such that the bytes of a step in float32 take "
-        f"{times} times as long as a step computes ({run.compute_seconds():.2f} s): the ratios that the "
-        f"papers' GPUs have at 100 to 500 Mbit/s."
+        f"{times} times as long as a step computes ({run.compute_seconds():.2f} s). The papers' GPUs have "
+        f"ratios between a quarter and 16 at 100 to 500 Mbit/s."
     )
     timed = (
         f"Medians of {settings.timed} steps (of 5 without a limit). The bound is (c + m) / (c + m / r): c "
-        f"seconds of computing, m seconds of fp32's bytes on the link, r times fewer bytes."
+        f"seconds of computing, m seconds of fp32's bytes on the link, r times fewer bytes. What hides behind "
+        f"computing makes more of it than 100%."
     )
     return "\n\n".join(
         [
