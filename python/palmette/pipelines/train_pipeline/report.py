@@ -139,8 +139,8 @@ def markdown(run: Run) -> str:
     )
     timed = (
         f"Medians of {settings.timed} steps (of 5 without a limit). The bound is (c + m) / (c + m / r): c "
-        f"seconds of computing, m seconds of fp32's bytes on the link, r times fewer bytes. What hides behind "
-        f"computing makes more of it than 100%."
+        f"seconds of computing, m seconds of fp32's bytes on the link, r times fewer bytes. What hides "
+        f"behind computing makes more of it than 100%."
     )
     return "\n\n".join(
         [
