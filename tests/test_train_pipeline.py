@@ -101,7 +101,7 @@ def test_bad_options(tmp_path, capsys):
         (["--methods", "fp32,zip"], "--methods must be fp32 and others of"),
         (["--methods", "tah"], "--methods must be fp32 and others of"),
         (["--epochs", "0"], "--epochs must be positive, got 0"),
-        (["--microbatches", "3"], "--microbatches must divide 4, got 3"),
+        (["--microbatches", "3"], "--microbatches must divide 2, got 3"),
     ):
         assert main([*options, "--out", str(tmp_path / "e")]) == 1
         assert message in capsys.readouterr().err
