@@ -9,12 +9,10 @@
 //
 // First the magnitudes: rows with columns in the lanes, one list of maxima per worker. Then elements in the
 // order of memory, some thousand at a time, through a buffer of codes as bytes.
-#include <atomic>
-
 #include "codec/arithmetic.h"
 #include "codec/bits_cpu.h"
+#include "codec/chunks_cpu.h"
 #include "codec/params.h"
-#include "core/parallel.h"
 #include "cpu/vec.h"
 
 namespace palmette::PALMETTE_ISA_NS {
@@ -26,21 +24,7 @@ using I = S::I;
 constexpr int L = S::kLanes;
 constexpr int64_t kChunk = 4096;  // elements, a multiple of 64
 
-struct Work {
-  const FixpointParams* p;
-  int64_t count, chunk;
-  std::atomic<int64_t> next{0};
-
-  void run(void (*body)(void*, int64_t)) {
-    const int64_t chunks = (count + chunk - 1) / chunk, workers = num_workers();
-    if (chunks > 0) run_workers(chunks < workers ? chunks : workers, body, this);
-  }
-  template <class F>
-  void each_chunk(F&& f) {
-    for (int64_t begin; (begin = next.fetch_add(chunk)) < count;)
-      f(begin, begin + chunk < count ? begin + chunk : count);
-  }
-};
+using Work = Chunks<FixpointParams>;
 
 // What is encoded: x, or x - m.
 template <class E, class M>
@@ -233,17 +217,6 @@ struct Codes {
   }
 };
 
-template <class F>
-void with_element(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::bf16:
-      return f.template operator()<bf16>();
-    case DType::f16:
-      return f.template operator()<fp16>();
-    default:
-      return f.template operator()<float>();
-  }
-}
 template <class F>
 void with_elements(const FixpointParams& p, F&& f) {
   with_element(p.dtype, [&]<class E>() {

@@ -6,22 +6,16 @@
 // one such block apart, and so on: log(n) / log(8 or 16) passes instead of log2(n). Last comes the small
 // matrix, for sizes that have one, with 2^k in the lanes. Rows of 16-bit elements are transformed in a float
 // buffer and rounded once.
-#include <atomic>
-
+#include "codec/chunks_cpu.h"
 #include "codec/fwht_cpu.h"
 #include "codec/params.h"
-#include "core/parallel.h"
 #include "core/workspace.h"
 #include "cpu/vec.h"
 
 namespace palmette::PALMETTE_ISA_NS {
 namespace {
 
-struct Work {
-  const HadamardParams* p;
-  int64_t chunk;  // rows
-  std::atomic<int64_t> next{0};
-};
+using Work = Chunks<HadamardParams>;
 
 template <class E>
 struct Lanes {
@@ -181,8 +175,7 @@ struct Rows {
     Work& work = *static_cast<Work*>(ctx);
     const HadamardParams& p = *work.p;
     T* buffer = static_cast<T*>(thread_workspace(p.size * int64_t(sizeof(T))));
-    for (int64_t begin; (begin = work.next.fetch_add(work.chunk)) < p.rows;)
-      rows(p, begin, begin + work.chunk < p.rows ? begin + work.chunk : p.rows, buffer);
+    work.each_chunk([&](int64_t begin, int64_t end) { rows(p, begin, end, buffer); });
   }
 };
 
@@ -196,22 +189,10 @@ namespace body = PALMETTE_ISA_NS;
 template <>
 void hadamard_transform<Isa::PALMETTE_ISA_NS>(const HadamardParams& p) {
   const int64_t chunk = 32768 / p.size;
-  body::Work work{&p, chunk < 1 ? 1 : chunk};
-  const int64_t chunks = (p.rows + work.chunk - 1) / work.chunk, workers = num_workers();
-  if (chunks == 0) return;
-  const int64_t count = chunks < workers ? chunks : workers;
-  switch (p.dtype) {
-    case DType::bf16:
-      return run_workers(count, &body::Rows<body::bf16>::worker, &work);
-    case DType::f16:
-      return run_workers(count, &body::Rows<body::fp16>::worker, &work);
-    case DType::f64:
-      if constexpr (Isa::PALMETTE_ISA_NS == Isa::scalar)
-        run_workers(count, &body::Rows<double>::worker, &work);
-      return;
-    case DType::f32:
-      return run_workers(count, &body::Rows<float>::worker, &work);
-  }
+  body::Work work{&p, p.rows, chunk < 1 ? 1 : chunk};
+  if (p.dtype != DType::f64)
+    return body::with_element(p.dtype, [&]<class E>() { work.run(&body::Rows<E>::worker); });
+  if constexpr (Isa::PALMETTE_ISA_NS == Isa::scalar) work.run(&body::Rows<double>::worker);
 }
 
 }  // namespace palmette

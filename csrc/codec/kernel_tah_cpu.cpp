@@ -19,29 +19,18 @@
 
 #include "codec/arithmetic.h"
 #include "codec/bits_cpu.h"
+#include "codec/chunks_cpu.h"
 #include "codec/fwht_cpu.h"
 #include "codec/params.h"
-#include "core/parallel.h"
 #include "cpu/vec.h"
 
 namespace palmette::PALMETTE_ISA_NS {
 namespace {
 
-struct Work {
-  const TahParams* p;
-  int64_t count, chunk;  // of rows or tokens
-  std::atomic<int64_t> next{0};
+struct Work : Chunks<TahParams> {
   std::atomic<uint64_t> fault{~uint64_t{0}};
 
-  void run(void (*body)(void*, int64_t)) {
-    const int64_t chunks = (count + chunk - 1) / chunk, workers = num_workers();
-    if (chunks > 0) run_workers(chunks < workers ? chunks : workers, body, this);
-  }
-  template <class F>
-  void each_chunk(F&& f) {
-    for (int64_t begin; (begin = next.fetch_add(chunk)) < count;)
-      f(begin, begin + chunk < count ? begin + chunk : count);
-  }
+  Work(const TahParams& params, int64_t count, int64_t chunk) : Chunks{&params, count, chunk} {}
   void note(int64_t tile, WireStatus status) {
     const uint64_t mine = static_cast<uint64_t>(tile) * 16 + static_cast<uint64_t>(status);
     uint64_t seen = fault.load(std::memory_order_relaxed);
@@ -268,7 +257,7 @@ struct Tiles {
 
   // Swaps, transforms and stores; the range of what comes out.
   static PALMETTE_INLINE void rotate(const float* tile, int pivot, float* to, V& least, V& most) {
-    if (to != tile) std::memcpy(to, tile, sizeof(float) * G);
+    std::memcpy(to, tile, sizeof(float) * G);
     const float pulled = to[pivot];
     to[pivot] = to[0];
     to[0] = pulled;
@@ -554,18 +543,6 @@ void with_tile(int tile_log2, F&& f) {
   }
 }
 
-template <class F>
-void with_element(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::bf16:
-      return f.template operator()<bf16>();
-    case DType::f16:
-      return f.template operator()<fp16>();
-    default:
-      return f.template operator()<float>();
-  }
-}
-
 }  // namespace
 }  // namespace palmette::PALMETTE_ISA_NS
 
@@ -578,7 +555,7 @@ void tah_entropy<Isa::PALMETTE_ISA_NS>(const TahParams& p) {
   const bool by_token = p.options.allocation == Allocation::token;
   const int64_t size = by_token ? p.channels : int64_t{1} << p.options.tile_log2;
   const int64_t chunk = 16384 / (size > 0 ? size : 1) / 16 * 16;
-  body::Work work{&p, by_token ? p.layout.tokens : p.layout.tiles, chunk < 16 ? 16 : chunk};
+  body::Work work(p, by_token ? p.layout.tokens : p.layout.tiles, chunk < 16 ? 16 : chunk);
   body::with_element(p.dtype, [&]<class E>() { work.run(&body::Entropy<E>::worker); });
 }
 
@@ -586,7 +563,7 @@ template <>
 void tah_encode<Isa::PALMETTE_ISA_NS>(const TahParams& p) {
   *p.fault = ~uint64_t{0};
   if (p.layout.tiles == 0) return;
-  body::Work work{&p, p.layout.tokens, p.chunk_tokens};
+  body::Work work(p, p.layout.tokens, p.chunk_tokens);
   body::with_element(p.dtype, [&]<class E>() {
     body::with_tile<E>(p.options.tile_log2, [&]<class T>() { work.run(&T::encode_worker); });
   });
@@ -596,7 +573,7 @@ void tah_encode<Isa::PALMETTE_ISA_NS>(const TahParams& p) {
 template <>
 void tah_decode<Isa::PALMETTE_ISA_NS>(const TahParams& p) {
   if (p.layout.tiles == 0) return;
-  body::Work work{&p, p.layout.tokens, p.chunk_tokens};
+  body::Work work(p, p.layout.tokens, p.chunk_tokens);
   body::with_element(p.dtype, [&]<class E>() {
     body::with_tile<E>(p.options.tile_log2, [&]<class T>() { work.run(&T::decode_worker); });
   });

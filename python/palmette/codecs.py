@@ -438,7 +438,7 @@ class TahCodec(Codec):
             tiles * (4 if self.metadata == "fp16" else 8),
             self.tile_size // 8 * (low_tiles * self.low_bits + (tiles - low_tiles) * self.high_bits),
         )
-        return HEADER_BYTES + sum(map(_aligned, sections))
+        return HEADER_BYTES + sum(map(aligned, sections))
 
     def encode(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         _check_encoded("x", x)
@@ -507,7 +507,7 @@ class FixpointCodec(Codec):
     def wire_size(self, shape: Sequence[int]) -> int:
         outer, inner, columns = self.groups(shape)
         codes = _bytes_of_bits(outer * inner * columns * self.bits)
-        return HEADER_BYTES + _aligned(2 * outer * columns) + _aligned(codes)
+        return HEADER_BYTES + aligned(2 * outer * columns) + aligned(codes)
 
     def encode(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         _check_encoded("x", x)
@@ -557,7 +557,8 @@ def _bytes_of_bits(bits: int) -> int:
     return -(-bits // 8)
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """With what fills a wire's last 16 bytes."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 

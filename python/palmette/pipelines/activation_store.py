@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from palmette._checks import check_at_least, check_device, check_dtype, check_shape
-from palmette.codecs import ENCODED, Codec, FixpointCodec, delta_decode_, delta_encode_
+from palmette.codecs import ENCODED, Codec, FixpointCodec, aligned, delta_decode_, delta_encode_
 
 _SCRATCH = b"PLMTROWS"  # begins the mapped file, so that no other file is taken for one
 _SNAPSHOT = b"PLMTSTO1"
@@ -523,7 +523,7 @@ class DeltaCodec:
             stop = end + misses * channels * self.store.dtype.itemsize
             identity = np.array([[samples[i], sizes[i]] for i in group], "<i8").tobytes()
             rounds.append(_Round(visit, slice(start, end), slice(end, stop), identity))
-            place = _aligned(stop)
+            place = aligned(stop)
         self._planned += 1
         room = len(samples) * (_ROUND_HEADER.size + self.codec.wire_size((0, channels)) + 2 * _ALIGNMENT)
         room += len(samples) * width * channels * self.store.dtype.itemsize
@@ -582,7 +582,7 @@ class DeltaCodec:
                 self.store.write([entry for _, entry in part.visit.misses], values)
             header = torch.frombuffer(bytearray(_round_header(part, full)), dtype=torch.uint8)
             out[part.delta.start - _ROUND_HEADER.size : part.delta.start].copy_(header)
-            out[part.full.stop : _aligned(part.full.stop)].zero_()
+            out[part.full.stop : aligned(part.full.stop)].zero_()
         return out
 
     def decode(
@@ -706,7 +706,3 @@ def _check_wire(name: str, wire: Tensor, plan: DeltaPlan, device: torch.device) 
     check_device(name, wire, device)
     if not wire.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(wire.stride())}")
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
 from palmette._checks import check_at_least
-from palmette.codecs import ENCODED, Codec
+from palmette.codecs import ENCODED, Codec, aligned
 
 from .activation_store import ActivationStore, DeltaCodec, DeltaPlan, sample_ids
 
@@ -48,7 +48,6 @@ _HOOKS = (
     "_prepare_forward_infra",
     "clear_runtime_states",
 )
-_ALIGNMENT = 16  # of a message's parts
 _FORWARD, _BACKWARD = "forward", "backward"
 _CARGO = {_FORWARD: "activations", _BACKWARD: "gradients"}
 
@@ -331,8 +330,8 @@ class QuantPipelineStage(PipelineStage):
             else:
                 num_bytes = tensor.numel() * tensor.element_size()
             parts.append(_Part(tensor.detach(), codec, plan, size, size + num_bytes))
-            size = _aligned(size + num_bytes)
-        return parts, size, _aligned(size + spare)
+            size = aligned(size + num_bytes)
+        return parts, size, aligned(size + spare)
 
     def _plan(self, codec: DeltaCodec, microbatch: int, tensor: Tensor) -> DeltaPlan:
         if self._step_samples is None:
@@ -649,7 +648,3 @@ def _check_torch() -> None:
     missing = [name for name in _HOOKS if not hasattr(PipelineStage, name)]
     if missing:
         raise RuntimeError(f"PipelineStage must have the methods that are replaced, got none of {missing}")
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..train_sparse.training import Budget, write_json
+from ..train_sparse.training import Budget, claim, write_json
 from .link import SlowLink
 from .settings import METHODS, Settings
 
@@ -190,27 +190,7 @@ class Run:
     def _claim(self) -> None:
         """Make the directory this run's, or see that it is."""
         options = {**dataclasses.asdict(self.settings), "model": self.model, "torch": str(torch.__version__)}
-        options = json.loads(json.dumps({**options, "link": self.link.description}))
-        file = self.directory / "options.json"
-        if file.exists():
-            found = json.loads(file.read_text())
-            differences = [
-                f"{name}: {found.get(name)} there, {options.get(name)} now"
-                for name in sorted({*options, *found})
-                if found.get(name) != options.get(name)
-            ]
-            if differences:
-                raise ValueError(
-                    f"--out must be a directory of a run with the same options, got {self.directory} "
-                    f"({'; '.join(differences)}): name another one, or remove it"
-                )
-            return
-        if self.directory.exists() and any(self.directory.iterdir()):
-            raise ValueError(
-                f"--out must be a new or empty directory, or one of an earlier run, got {self.directory}"
-            )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(file, options)
+        claim(self.directory, {**options, "link": self.link.description})
 
     def _file(self, method: str) -> Path:
         return self.directory / f"{method}.json"

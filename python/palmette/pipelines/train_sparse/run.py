@@ -20,7 +20,7 @@ from .model import LanguageModel
 from .recall import RecallTraining
 from .settings import RECALL_KINDS, TEXT_KINDS, Settings
 from .text import TextTask, generate
-from .training import Budget, History, Progress, Schedule, Task, train, write_json
+from .training import Budget, History, Progress, Schedule, Task, claim, train, write_json
 
 
 @dataclass
@@ -75,38 +75,15 @@ class Run:
 
     def _claim(self) -> None:
         """Make the directory this run's, or see that it is."""
-        options = json.loads(
-            json.dumps(
-                {
-                    **dataclasses.asdict(self.settings),
-                    "seed": self.seed,
-                    # sums are rounded in another order with other threads or another torch
-                    "threads": torch.get_num_threads(),
-                    "torch": str(torch.__version__),
-                    "text_sha256": self.corpus.digest,
-                }
-            )
-        )
-        file = self.directory / "options.json"
-        if file.exists():
-            found = json.loads(file.read_text())
-            differences = [
-                f"{name}: {found.get(name)} there, {options.get(name)} now"
-                for name in sorted({*options, *found})
-                if found.get(name) != options.get(name)
-            ]
-            if differences:
-                raise ValueError(
-                    f"--out must be a directory of a run with the same options, got {self.directory} "
-                    f"({'; '.join(differences)}): name another one, or remove it"
-                )
-            return
-        if self.directory.exists() and any(self.directory.iterdir()):
-            raise ValueError(
-                f"--out must be a new or empty directory, or one of an earlier run, got {self.directory}"
-            )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(file, options)
+        options = {
+            **dataclasses.asdict(self.settings),
+            "seed": self.seed,
+            # sums are rounded in another order with other threads or another torch
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "text_sha256": self.corpus.digest,
+        }
+        claim(self.directory, options)
 
     def all_phases(self) -> Results:
         """Train and evaluate everything that is not done yet.

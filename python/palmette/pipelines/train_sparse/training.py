@@ -102,6 +102,33 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
 
 
+def claim(directory: Path, options: dict[str, Any]) -> None:
+    """Make a directory a run's, or see that it is.
+
+    Raises:
+        ValueError: it holds a run with other options, or something else.
+    """
+    options = json.loads(json.dumps(options))
+    file = directory / "options.json"
+    if file.exists():
+        found = json.loads(file.read_text())
+        differences = [
+            f"{name}: {found.get(name)} there, {options.get(name)} now"
+            for name in sorted({*options, *found})
+            if found.get(name) != options.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"--out must be a directory of a run with the same options, got {directory} "
+                f"({'; '.join(differences)}): name another one, or remove it"
+            )
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"--out must be a new or empty directory, or one of an earlier run, got {directory}")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(file, options)
+
+
 class Budget:
     """Steps that may still be taken before training stops as if it had been interrupted.
 
