@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Breaks one line of the GPU kernels at a time, and shows which test of the suite notices.
+"""Breaks one line of the kernels at a time, and shows which test of the suite notices.
 
     ci/mutants.py [--only PATTERN] [--new] [--again] [--jobs N] [--write docs/dev/mutants.md]
 
-The list is tests/mutants.toml. Sources are broken in a copy, build/mutants/source, and built for the emulator
-there; libpalmette.so is what ci/build.sh has made. First all tests of the list run on kernels that are whole:
-they must pass. Results are kept in build/mutants/results.json after each mutant, so that a run that was
-stopped goes on where it was; a result holds until a source or the mutant changes. A page keeps what it says
-of mutants that were not run. Exits with 1 if a mutant survives.
+The list is tests/mutants.toml. Sources are broken in a copy, build/mutants/source, and built there, those of
+GPU kernels for the emulator, beside the libpalmette.so that ci/build.sh has made. First all tests of the list
+run on kernels that are whole: they must pass. Results are kept in build/mutants/results.json after each one:
+a run that was stopped goes on where it was; a result holds until a source or the mutant changes. A page keeps
+what it says of mutants that were not run. Exits with 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ LIBRARY = ROOT / "python" / "palmette" / "lib" / "libpalmette.so"
 PLACE = ROOT / "build" / "mutants"
 SOURCE, BUILD, BUILT, RESULTS = (PLACE / name for name in ("source", "build", "lib", "results.json"))
 COPIED = ("CMakeLists.txt", "version.txt", "cmake/**/*", "csrc/**/*")
+EMULATORS = ("emulated", "emulated_check")  # the other backends are bodies of the CPU, in libpalmette.so
 KINDS = ("index", "mask", "barrier", "scale")
 TIMEOUT = 300  # seconds of a test run; what takes longer hangs
 
@@ -139,8 +140,10 @@ class Copy:
         )
 
     def build(self, backends: str) -> subprocess.CompletedProcess[str]:
-        targets = [f"palmette_{name}" for name in backends.split(",")]
-        command = ["cmake", "--build", str(BUILD), "-j", str(self.jobs), "--target", *targets]
+        targets = {
+            f"palmette_{name}" if name in EMULATORS else "palmette_ops" for name in backends.split(",")
+        }
+        command = ["cmake", "--build", str(BUILD), "-j", str(self.jobs), "--target", *sorted(targets)]
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -148,8 +151,10 @@ def library_for(backends: str) -> Path:
     """libpalmette.so in a folder that has these emulators and no others, which nobody builds now."""
     folder = PLACE / backends.replace(",", "+")
     folder.mkdir(exist_ok=True)
-    targets = [BUILT / f"libpalmette_{name}.so" for name in backends.split(",")]
-    for target in [LIBRARY, *targets]:
+    names = backends.split(",")
+    own = any(name not in EMULATORS for name in names)
+    targets = [BUILT / f"libpalmette_{name}.so" for name in names if name in EMULATORS]
+    for target in [BUILT / LIBRARY.name if own else LIBRARY, *targets]:
         if not (folder / target.name).is_symlink():
             (folder / target.name).symlink_to(target)
     return folder / LIBRARY.name

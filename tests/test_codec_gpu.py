@@ -305,6 +305,24 @@ def test_wires_that_lie(at, form, value, status, dtype):
 
 
 @needs_emulator
+def test_slices_of_another_shape():
+    """Of as many elements and bytes: the slices' sizes are not those of leading dimensions."""
+    sent = FixpointCodec(4, (0,)).encode(torch.randn(6, 4))
+    out = torch.zeros(6, 4)
+    read = functools.partial(palmette.fixpoint_decode, shape=out.shape, out=out)
+    for shape, scale_dims, status in (
+        ((8, 3), (0,), "shape must be of the wire's shape"),
+        ((4, 6), (0,), "shape must be of the wire's shape"),
+        ((2, 3, 4), (0, 1), ""),
+        ((6, 1, 4), (0,), ""),
+    ):
+        wire = FixpointCodec(4, scale_dims).encode(torch.randn(shape))
+        found = decode_as_a_gpu(read, sent, wire)
+        assert found.startswith(status)
+        assert bool(found) == bool(status) == bool(out.isnan().all())
+
+
+@needs_emulator
 def test_flipped_bits():
     """Of every byte that the checksum is of: results are NaN, and a delta's m is as it was."""
     x = activations(1, 5, 16)

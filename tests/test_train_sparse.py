@@ -18,13 +18,14 @@ import pytest
 import torch
 from palmette.__main__ import main as palmette_main
 from palmette.pipelines import train_sparse
+from palmette.pipelines.long_runs import INTERRUPTED, Budget, StoppedError, bar, write_atomically
 from palmette.pipelines.train_sparse import data, report
 from palmette.pipelines.train_sparse.draws import generator_for
 from palmette.pipelines.train_sparse.model import ATTENTIONS, LanguageModel, ModelSizes
 from palmette.pipelines.train_sparse.recall import RecallTask, RecallTraining, Stage, accuracy, answers
 from palmette.pipelines.train_sparse.settings import DEFAULT, QUICK, RECALL_KINDS, Settings
 from palmette.pipelines.train_sparse.text import DisagreementError, TextTask, generate
-from palmette.pipelines.train_sparse.training import Budget, Schedule, StoppedError, train, write_atomically
+from palmette.pipelines.train_sparse.training import Schedule, train
 
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
@@ -342,7 +343,7 @@ def test_stopped_runs_go_on_to_the_same_losses(
 ) -> None:
     out = tmp_path / "out"
     for _ in range(3):  # 48 steps in all
-        assert train_sparse.main(command(out, "--stop-after", "13")) == train_sparse.INTERRUPTED
+        assert train_sparse.main(command(out, "--stop-after", "13")) == INTERRUPTED
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("palmette train-sparse: stopped; to go on: python -m palmette train-sparse")
         assert "stop-after" not in error
@@ -370,10 +371,10 @@ def test_ctrl_c_at_any_point(
         return result
 
     monkeypatch.setattr(TextTask, "evaluate", interrupted_evaluate)
-    assert train_sparse.main(command(out)) == train_sparse.INTERRUPTED
+    assert train_sparse.main(command(out)) == INTERRUPTED
     monkeypatch.setattr(TextTask, "evaluate", evaluate)
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted_step)
-    assert train_sparse.main(command(out)) == train_sparse.INTERRUPTED
+    assert train_sparse.main(command(out)) == INTERRUPTED
     monkeypatch.undo()
     monkeypatch.setattr(train_sparse, "QUICK", TINY)
     assert "interrupted; to go on:" in capsys.readouterr().err
@@ -431,7 +432,7 @@ def test_budget_and_schedule(tmp_path: Path) -> None:
             schedule,
             tmp_path / "c.pt",
             title="",
-            progress=train_sparse._bar,
+            progress=bar,
             budget=Budget(0),
         )
     assert not (tmp_path / "c.pt").exists()

@@ -80,6 +80,11 @@ void decode_on_gpu(GpuLaunch& gpu, WireKind kind, DType dtype, const Tensor& wir
   w.sums = static_cast<uint32_t*>(sums.mutable_data_ptr());
   w.kind = kind;
   w.elements = result.numel();
+  w.cuts[0] = 1;
+  for (int64_t i = 0, cut = 0; w.elements > 0 && i < result.dim(); ++i) {
+    if (result.size(i) > 1)
+      ++cut, w.cuts[cut] = w.cuts[cut - 1] * result.size(i);  // doubles at least: 62 fit
+  }
   FixpointParams p{};
   p.kind = kind;
   p.dtype = p.message_dtype = dtype;

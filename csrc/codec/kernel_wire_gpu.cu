@@ -173,6 +173,14 @@ __device__ __forceinline__ WireStatus verdict(const WireParams& p, const WireHea
   if (product != static_cast<uint64_t>(p.elements)) return WireStatus::shape;
   const auto outer = static_cast<int64_t>(h.sizes[0]), middle = static_cast<int64_t>(h.sizes[1]),
              inner = static_cast<int64_t>(h.sizes[2]);
+  if (!tah && product > 0) {  // P and P * R end between dimensions
+    bool before = false, after = false;
+    for (int i = 0; i < 64 && p.cuts[i] != 0; ++i) {
+      before |= p.cuts[i] == outer;
+      after |= p.cuts[i] == outer * middle;
+    }
+    if (!before || !after) return WireStatus::shape;
+  }
   if (!tah)
     return FixpointLayout::of(h.low_bits, outer, middle, inner).end == p.bytes ? WireStatus::ok
                                                                                : WireStatus::size;

@@ -73,7 +73,9 @@ struct WireParams {
   // check
   WireKind kind;
   int64_t elements, length, channels;  // of the result; the last two for WireKind::tah
-  int64_t* ones_before;                // tah: as TahParams has it
+  int64_t cuts[64];  // fixpoint, delta: 1 and the products of the result's first sizes, without repetition;
+                     // then 0
+  int64_t* ones_before;  // tah: as TahParams has it
 };
 
 // What the launchers of a GPU's library take.

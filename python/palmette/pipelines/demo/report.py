@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...integrations._extras import require
-from ..machine import machine
+from ..reports import machine
 from .workloads import MethodResult, WorkloadResult
 
 HEADER = (

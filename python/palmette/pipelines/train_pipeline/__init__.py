@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...integrations._extras import MissingExtraError, require
-from ..train_sparse import _bar, _without_stop
-from ..train_sparse.training import Budget, StoppedError
+from ...integrations._extras import require
+from ..long_runs import Budget, bar, run_command
 from . import report
 from .link import slow_link
 from .run import Run
 from .settings import DEFAULT, METHODS, QUICK
 
 PURPOSE = "palmette train-pipeline"
-INTERRUPTED = 130  # the exit status of a program that SIGINT ended
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -96,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     with slow_link(options.link) as link:
         print(f"the link: {link.description}", file=sys.stderr)
         budget = Budget(options.stop_after)
-        this = Run(settings, options.model, methods, options.out, link, _bar, budget, options.timeout)
+        this = Run(settings, options.model, methods, options.out, link, bar, budget, options.timeout)
         this.all_phases()
         print(report.write(this, options.out))
     return 0
@@ -104,15 +101,4 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``python -m palmette train-pipeline``; returns the exit status."""
-    options = parse_arguments(arguments)
-    try:
-        return run(options)
-    except (KeyboardInterrupt, StoppedError) as error:
-        again = _without_stop(list(sys.argv[2:] if arguments is None else arguments))
-        why = "stopped" if isinstance(error, StoppedError) else "interrupted"
-        command = shlex.join(["python", "-m", "palmette", "train-pipeline", *again])
-        print(f"\n{PURPOSE}: {why}; to go on: {command}", file=sys.stderr)
-        return INTERRUPTED
-    except (MissingExtraError, OSError, ValueError, RuntimeError) as error:
-        print(f"{PURPOSE}: {error}", file=sys.stderr)
-        return 1
+    return run_command("train-pipeline", parse_arguments, run, arguments, (RuntimeError,))

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...integrations._extras import require
-from ..machine import machine
-from ..train_sparse.report import smoothed, table
-from ..train_sparse.training import write_atomically, write_json
+from ..long_runs import write_atomically, write_json
+from ..reports import machine, smoothed, table
 from .run import Record, Run
 from .settings import METHODS
 

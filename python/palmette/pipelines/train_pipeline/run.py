@@ -10,19 +10,16 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..train_sparse.training import Budget, claim, write_json
+from ..long_runs import Budget, Progress, claim, write_json
 from .link import SlowLink
 from .settings import METHODS, Settings
-
-Progress = Callable[[str, int, int], AbstractContextManager[Callable[[int, str], None]]]
 
 
 class WorkerError(RuntimeError):
@@ -70,6 +67,7 @@ class Pipeline:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
+                    start_new_session=True,  # Ctrl-C is for this process, which ends them
                     env={**os.environ, **link.environment(), "HF_HUB_OFFLINE": "1"},
                 )
             )

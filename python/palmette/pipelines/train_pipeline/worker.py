@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.pipelining import ScheduleGPipe
 
 from ..activation_store import ActivationStore, DeltaCodec
+from ..long_runs import write_atomically
 from ..pipeline_parallel import Edge, QuantPipelineStage
-from ..train_sparse.training import write_atomically
 from .link import TokenBucket
 from .model import load_stage, load_windows, next_token_loss
 from .settings import METHODS, Settings

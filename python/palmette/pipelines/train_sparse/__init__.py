@@ -9,22 +9,18 @@ cache. A run that was stopped goes on where it was, with the same losses bit for
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ...integrations._extras import MissingExtraError, require
+from ...integrations._extras import require
+from ..long_runs import Budget, bar, run_command
 from . import report
 from .run import Run
 from .settings import DEFAULT, QUICK, RECALL_KINDS, TEXT_KINDS
 from .text import DisagreementError
-from .training import Budget, StoppedError
-
-INTERRUPTED = 130  # the exit status of a program that SIGINT ended
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -57,19 +53,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@contextmanager
-def _bar(title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar that begins at ``done``."""
-    tqdm = require("tqdm", report.PURPOSE, install="'palmette[train]'")
-    with tqdm.tqdm(desc=title, total=total, initial=done, file=sys.stderr, dynamic_ncols=True) as bar:
-
-        def tick(steps: int, note: str) -> None:
-            bar.set_postfix_str(note, refresh=False)
-            bar.update(steps)
-
-        yield tick
-
-
 def run(options: argparse.Namespace) -> int:
     """Run what is left of the training and write the results; returns the exit status.
 
@@ -91,8 +74,8 @@ def run(options: argparse.Namespace) -> int:
     settings = (QUICK if options.quick else DEFAULT).with_steps(options.text_steps, options.recall_steps)
     # Every draw has a generator of its own; this is for what may be overlooked.
     torch.manual_seed(options.seed)
-    this = Run(settings, options.seed, options.out, _bar, Budget(options.stop_after))
-    with _bar("one step of each model", len(TEXT_KINDS) + len(RECALL_KINDS), 0) as tick:
+    this = Run(settings, options.seed, options.out, bar, Budget(options.stop_after))
+    with bar("one step of each model", len(TEXT_KINDS) + len(RECALL_KINDS), 0) as tick:
         seconds = this.estimate(tick)
     print(f"steps to go: about {seconds / 60:.0f} min; results in {options.out}", file=sys.stderr)
     results = this.all_phases()
@@ -103,29 +86,4 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``python -m palmette train-sparse``; returns the exit status."""
-    options = parse_arguments(arguments)
-    try:
-        return run(options)
-    except (KeyboardInterrupt, StoppedError) as error:
-        again = _without_stop(list(sys.argv[2:] if arguments is None else arguments))
-        why = "stopped" if isinstance(error, StoppedError) else "interrupted"
-        command = shlex.join(["python", "-m", "palmette", "train-sparse", *again])
-        print(f"\npalmette train-sparse: {why}; to go on: {command}", file=sys.stderr)
-        return INTERRUPTED
-    except (MissingExtraError, DisagreementError, OSError, ValueError) as error:
-        print(f"palmette train-sparse: {error}", file=sys.stderr)
-        return 1
-
-
-def _without_stop(arguments: list[str]) -> list[str]:
-    """The command line of the same run to its end."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip or argument.startswith("--stop-after="):
-            skip = False
-        elif argument == "--stop-after":
-            skip = True
-        else:
-            kept.append(argument)
-    return kept
+    return run_command("train-sparse", parse_arguments, run, arguments, (DisagreementError,))

@@ -6,28 +6,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...integrations._extras import require
-from ..machine import machine
+from ..long_runs import write_atomically, write_json
+from ..reports import machine, smoothed, table
 from .run import Results, losses_digest
-from .training import History, write_atomically, write_json
+from .training import History
 
 PURPOSE = "palmette train-sparse"
 COLOURS = {"dense": "#5b7db1", "window": "#d98b2b", "nsa": "#1b6e4a"}
 NAMES = {"dense": "dense", "window": "window only", "nsa": "NSA"}
 WITHIN = 0.02  # how far NSA's loss may be above dense attention's
-
-
-def smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Means of the last ``width`` values, fewer at the beginning."""
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    begins = [max(0, end - width) for end in range(1, len(sums))]
-    return [(sums[end] - sums[b]) / (end - b) for end, b in enumerate(begins, 1)]
 
 
 def _last_part(history: History) -> float:
@@ -57,18 +48,6 @@ def text_rows(results: Results) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left, the others to the right."""
-    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def _text_table(results: Results) -> str:

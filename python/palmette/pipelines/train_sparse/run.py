@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from ..long_runs import Budget, Progress, claim, write_json
 from .data import Corpus, load_corpus
 from .model import LanguageModel
 from .recall import RecallTraining
 from .settings import RECALL_KINDS, TEXT_KINDS, Settings
 from .text import TextTask, generate
-from .training import Budget, History, Progress, Schedule, Task, claim, train, write_json
+from .training import History, Schedule, Task, train
 
 
 @dataclass

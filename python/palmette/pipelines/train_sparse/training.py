@@ -4,26 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..long_runs import Budget, Progress, StoppedError, write_atomically
 from .model import LanguageModel
-
-Progress = Callable[[str, int, int], AbstractContextManager[Callable[[int, str], None]]]
-
-
-class StoppedError(Exception):
-    """Training was stopped before its end, as asked for; what it had is saved."""
 
 
 @dataclass(frozen=True)
@@ -83,72 +74,6 @@ class History:
     def step_seconds(self) -> float:
         """Median over the steps: a pause of the machine does not count."""
         return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else math.nan
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` make a file beside ``path``, and put it in its place once it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON; the file is the old one or the new one at any time."""
-    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
-
-
-def claim(directory: Path, options: dict[str, Any]) -> None:
-    """Make a directory a run's, or see that it is.
-
-    Raises:
-        ValueError: it holds a run with other options, or something else.
-    """
-    options = json.loads(json.dumps(options))
-    file = directory / "options.json"
-    if file.exists():
-        found = json.loads(file.read_text())
-        differences = [
-            f"{name}: {found.get(name)} there, {options.get(name)} now"
-            for name in sorted({*options, *found})
-            if found.get(name) != options.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"--out must be a directory of a run with the same options, got {directory} "
-                f"({'; '.join(differences)}): name another one, or remove it"
-            )
-        return
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"--out must be a new or empty directory, or one of an earlier run, got {directory}")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(file, options)
-
-
-class Budget:
-    """Steps that may still be taken before training stops as if it had been interrupted.
-
-    Args:
-        steps: How many; None for any number.
-    """
-
-    def __init__(self, steps: int | None) -> None:
-        self.left = steps
-
-    def take(self) -> None:
-        """Count a step.
-
-        Raises:
-            StoppedError: there is none left.
-        """
-        if self.left is not None:
-            if self.left == 0:
-                raise StoppedError
-            self.left -= 1
 
 
 def _optimizer(model: LanguageModel, schedule: Schedule) -> torch.optim.AdamW:
