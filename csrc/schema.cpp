@@ -30,6 +30,11 @@ STABLE_TORCH_LIBRARY(palmette, m) {
       "Tensor slots, Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, "
       "Tensor merge_row, Tensor counts, Tensor? sinks, float scale, float softcap, int window, "
       "Tensor? item_query=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+  m.def(
+      "attend_backward_accumulate_(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor slots, Tensor query, Tensor segment, Tensor item, Tensor task, Tensor merge_ptr, "
+      "Tensor merge_row, Tensor counts, Tensor? sinks, float scale, float softcap, int window, "
+      "Tensor(a!) dk, Tensor(b!) dv, Tensor? item_query=None) -> (Tensor dq, Tensor dsinks)");
 
   // plan: trees of tokens (int32 tables, laid out in plan/tree.h), and which of their keys meet which queries
   m.def(
@@ -99,6 +104,14 @@ STABLE_TORCH_LIBRARY(palmette, m) {
   m.def("fixpoint_decode(Tensor(a!) wire, Tensor(b!) out) -> ()");
   m.def("delta_encode_(Tensor x, Tensor(a!) m, SymInt[] groups, int bits, int grid, Tensor(b!) wire) -> ()");
   m.def("delta_decode_(Tensor(a!) wire, Tensor(b!) m) -> ()");
+
+  // loss: what a policy's loss needs of logits
+  m.def(
+      "gather_logprobs(Tensor logits, Tensor targets, float temperature, bool entropy) "
+      "-> (Tensor logprobs, Tensor lse, Tensor entropies)");
+  m.def(
+      "gather_logprobs_backward_(Tensor? dlogprobs, Tensor? dentropies, Tensor(a!) logits, Tensor targets, "
+      "Tensor lse, Tensor? entropies, float temperature) -> ()");
 
   // core: which body of the kernels runs; palmette.testing and `python -m palmette env` call these
   m.def("_set_backend(str name) -> str");

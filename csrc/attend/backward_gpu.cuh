@@ -33,6 +33,7 @@ struct BackwardProblem {
   Source<E> q, k, v, dout;
   const float *lse, *delta;  // [Nq, Hq]
   E *dq, *dk, *dv;           // contiguous
+  float *dk_sum, *dv_sum;    // in place of dk and dv, or null
   Logits logits;
   Stages stages;
   int group;
@@ -55,6 +56,8 @@ struct BackwardProblem {
     a.dq = static_cast<E*>(b.dq);
     a.dk = static_cast<E*>(b.dk);
     a.dv = static_cast<E*>(b.dv);
+    a.dk_sum = b.dk_sum;
+    a.dv_sum = b.dv_sum;
     a.logits = Logits::of(p);
     a.stages = Stages::of<E>(p);
     a.group = p.num_q_heads / p.num_kv_heads;

@@ -300,13 +300,15 @@ struct Backward {
       accumulate_keys(dscore, n, q_rows + first * d_pad, filled * W, d_pad, dk_tile);
     }
     if (!used) return;
-    add_rows(static_cast<T*>(b.dk), unit, dk_tile, d_pad, p.head_dim);
-    add_rows(static_cast<T*>(b.dv), unit, dv_tile, dv_pad, p.v_head_dim);
+    add_rows(b.dk, b.dk_more, unit, dk_tile, d_pad, p.head_dim);
+    add_rows(b.dv, b.dv_more, unit, dv_tile, dv_pad, p.v_head_dim);
   }
 
-  void add_rows(T* dst, const AttendUnit& unit, const T* src, int64_t stride, int d) {
+  void add_rows(void* first, void* more, const AttendUnit& unit, const T* src, int64_t stride, int d) {
+    T* dst = static_cast<T*>(unit.group == 0 ? first : more);
+    const int64_t begin = unit.group == 0 ? 0 : int64_t{unit.group - 1} * p.num_slots;
     for (int i = 0; i < tile->count; ++i) {
-      T* row = dst + ((unit.group * p.num_slots + tile->slot[i]) * p.num_kv_heads + unit.head_begin) * d;
+      T* row = dst + ((begin + tile->slot[i]) * p.num_kv_heads + unit.head_begin) * d;
       for (int x = 0; x < d; ++x) row[x] += src[i * stride + x];
     }
   }

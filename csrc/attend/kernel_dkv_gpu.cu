@@ -72,6 +72,16 @@ struct KeyShared {
   alignas(1024) unsigned char tiles[16];  // K and V, then Q and dO; at the end dK, dV
 };
 
+// Every element has one owner: what is there may be added to.
+template <class E>
+__device__ __forceinline__ void put_gradient(E* to, float* to_sum, int64_t i, float value) {
+  if (to_sum != nullptr) {
+    to_sum[i] += value;
+  } else {
+    to[i] = narrow<E>(value);
+  }
+}
+
 template <class Math, int kColumns>
 struct KeyGradient {
   using E = typename Math::Element;
@@ -452,7 +462,8 @@ struct KeyGradient {
 
   __device__ __forceinline__ void write() {
     float* memory = reinterpret_cast<float*>(shared.tiles);
-    const auto put = [&](E* to, float* to_part, int width, const float (&sums)[kColumns / 8][4]) {
+    const auto put = [&](E* to, float* to_sum, float* to_part, int width,
+                         const float (&sums)[kColumns / 8][4]) {
       write_sums<kColumns, kParts>(
           memory, sums, min(kColumns, width - first_column), [&](int i, int x, float value) {
             if (shared.used[i] == 0) return;
@@ -461,11 +472,12 @@ struct KeyGradient {
               return;
             }
             const int64_t slot = p.plan.slots[first_key() + i];
-            to[(slot * p.num_kv_heads + shared.kv_head) * width + first_column + x] = narrow<E>(value);
+            put_gradient(to, to_sum, (slot * p.num_kv_heads + shared.kv_head) * width + first_column + x,
+                         value);
           });
     };
-    put(a.dk, a.part_dk, p.head_dim, dk);
-    put(a.dv, a.part_dv, p.v_head_dim, dv);
+    put(a.dk, a.dk_sum, a.part_dk, p.head_dim, dk);
+    put(a.dv, a.dv_sum, a.part_dv, p.v_head_dim, dv);
   }
 };
 
@@ -475,11 +487,15 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 1)
   using E = typename Math::Element;
   const AttendParams& p = a.p;
   if (!plan_fits(p)) {
-    const auto contiguous = [&](E* data, int width) {
-      return Strided{data, int64_t{p.num_kv_heads} * width, width};
+    const auto fill = [&](E* to, float* to_sum, int width) {
+      const int64_t token = int64_t{p.num_kv_heads} * width;
+      if (to_sum != nullptr)
+        fill_nan<float>({to_sum, token, width}, p.num_slots, p.num_kv_heads, width);
+      else
+        fill_nan<E>({to, token, width}, p.num_slots, p.num_kv_heads, width);
     };
-    fill_nan<E>(contiguous(a.dk, p.head_dim), p.num_slots, p.num_kv_heads, p.head_dim);
-    fill_nan<E>(contiguous(a.dv, p.v_head_dim), p.num_slots, p.num_kv_heads, p.v_head_dim);
+    fill(a.dk, a.dk_sum, p.head_dim);
+    fill(a.dv, a.dv_sum, p.v_head_dim);
     return;
   }
   const BlockOf block(a);
@@ -514,17 +530,17 @@ __global__ void __launch_bounds__(kThreads)
     for (int part = lane(); part < piece.parts; part += kLanes) met |= a.part_met[from(part)] != 0;
     if (!any(met)) continue;
     const int64_t to = int64_t{p.plan.slots[first + i]} * p.num_kv_heads + kv_head;
-    const auto add = [&](E* sums, const float* parts, int width) {
+    const auto add = [&](E* sums, float* float_sums, const float* parts, int width) {
       for (int x = lane(); x < width; x += kLanes) {
         float sum = 0;
         for (int part = 0; part < piece.parts; ++part) {
           if (a.part_met[from(part)] != 0) sum += parts[from(part) * width + x];
         }
-        sums[to * width + x] = narrow<E>(sum);
+        put_gradient(sums, float_sums, to * width + x, sum);
       }
     };
-    add(a.dk, a.part_dk, p.head_dim);
-    add(a.dv, a.part_dv, p.v_head_dim);
+    add(a.dk, a.dk_sum, a.part_dk, p.head_dim);
+    add(a.dv, a.dv_sum, a.part_dv, p.v_head_dim);
   }
 }
 

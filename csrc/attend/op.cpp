@@ -120,10 +120,28 @@ void attend_out_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   run_forward(p, in, out, lse);
 }
 
-Tensor finish_gradient(const Tensor& sum, ScalarType dtype) {
-  Tensor t =
-      sum.size(0) == 1 ? torch::stable::select(sum, 0, 0) : torch::stable::sum(sum, std::vector<int64_t>{0});
+// Where the gradients of K and V are added to, if the caller has said so.
+struct Sums {
+  const Tensor &dk, &dv;
+};
+
+Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// Adds `more` [groups - 1, ..] to `sum`, in their order.
+void add_groups(const Tensor& sum, const Tensor& more) {
+  const int64_t n = sum.numel(), groups = n == 0 ? 0 : more.numel() / n;
+  const auto add = [&](auto* to, const auto* from) {
+    for (int64_t g = 0; g < groups; ++g, from += n) {
+      for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+    }
+  };
+  if (sum.scalar_type() == ScalarType::Double) {
+    add(static_cast<double*>(sum.mutable_data_ptr()), static_cast<const double*>(more.const_data_ptr()));
+  } else {
+    add(static_cast<float*>(sum.mutable_data_ptr()), static_cast<const float*>(more.const_data_ptr()));
+  }
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dsinks
@@ -158,18 +176,26 @@ struct KeyScratch {
 
 // Every gradient has one owner, which writes it in its final dtype.
 Gradients run_backward_gpu(GpuLaunch& gpu, AttendBackwardParams& b, const Inputs& in, const Tensor& dout,
-                           const Tensor& dlse, const Tensor& out, const Tensor& lse) {
+                           const Tensor& dlse, const Tensor& out, const Tensor& lse, const Sums* sums) {
   const Tensor& q = in.q;
   const AttendParams& p = b.forward;
-  Tensor dq = torch::stable::new_zeros(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor dk = torch::stable::new_zeros(q, {in.k.size(0), in.k.size(1), in.k.size(2)});
-  Tensor dv = torch::stable::new_zeros(q, {in.v.size(0), in.v.size(1), in.v.size(2)});
+  const auto zeros_like = [&](const Tensor& t) {
+    return torch::stable::new_zeros(q, {t.size(0), t.size(1), t.size(2)});
+  };
+  Tensor dq = zeros_like(q);
+  Tensor dk = sums == nullptr ? zeros_like(in.k) : sums->dk,
+         dv = sums == nullptr ? zeros_like(in.v) : sums->dv;
   Tensor delta = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
   Tensor sink_rows,
       dsinks = torch::stable::new_zeros(q, {in.sinks.has_value() ? q.size(1) : 0}, ScalarType::Float);
   b.dq = dq.mutable_data_ptr();
-  b.dk = dk.mutable_data_ptr();
-  b.dv = dv.mutable_data_ptr();
+  if (sums == nullptr) {
+    b.dk = dk.mutable_data_ptr();
+    b.dv = dv.mutable_data_ptr();
+  } else {
+    b.dk_sum = dk.mutable_data_ptr<float>();
+    b.dv_sum = dv.mutable_data_ptr<float>();
+  }
   b.delta = delta.mutable_data_ptr();
   name_inputs(gpu, in);
   gpu.reads(dout, "dout");
@@ -199,17 +225,12 @@ Gradients run_backward_gpu(GpuLaunch& gpu, AttendBackwardParams& b, const Inputs
   return {dq, dk, dv, dsinks};
 }
 
-Gradients attend_backward_op(const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q,
-                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                             const Tensor& slots, const Tensor& query, const Tensor& segment,
-                             const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
-                             const Tensor& merge_row, const Tensor& counts,
-                             const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window,
-                             const std::optional<Tensor>& item_query) {
+Gradients run_backward(const Tensor& dout_, const std::optional<Tensor>& dlse_, const Inputs& in,
+                       const Tensor& out, const Tensor& lse, double scale, double softcap, int64_t window,
+                       const Sums* sums) {
   AttendBackwardParams b{};
   AttendParams& p = b.forward;
-  const Inputs in{
-      q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts, item_query}, sinks};
+  const Tensor &q = in.q, &k = in.k, &v = in.v;
   p = make_params(in, scale, softcap, window);
   const ScalarType state = state_type(p.dtype);
   check_device(dout_, "dout", q, "q");
@@ -234,21 +255,38 @@ Gradients attend_backward_op(const Tensor& dout_, const std::optional<Tensor>& d
   p.out = strided(out, "out");
   p.lse = const_cast<void*>(lse.const_data_ptr());
   b.dout = strided(dout, "dout");
-  if (GpuLaunch gpu(q); gpu) return run_backward_gpu(gpu, b, in, dout, dlse, out, lse);
+  if (sums != nullptr) {
+    const auto check_sum = [&](const Tensor& sum, const char* name, const Tensor& like) {
+      check_device(sum, name, q, "q");
+      check_dtype(sum, name, {state});
+      check_shape(sum, name, "[slots, Hk, D]", {like.size(0), like.size(1), like.size(2)});
+      check_contiguous(sum, name);
+    };
+    check_sum(sums->dk, "dk", k);
+    check_sum(sums->dv, "dv", v);
+  }
+  if (GpuLaunch gpu(q); gpu) return run_backward_gpu(gpu, b, in, dout, dlse, out, lse, sums);
   int32_t groups = 1;
   const std::vector<AttendUnit> units = backward_units(p, groups);
   p.units = units.data();
   p.num_units = static_cast<int32_t>(units.size());
 
-  Tensor dq = torch::stable::new_zeros(q, {q.size(0), q.size(1), q.size(2)}, state);
-  Tensor dk = torch::stable::new_zeros(q, {groups, k.size(0), k.size(1), k.size(2)}, state);
-  Tensor dv = torch::stable::new_zeros(q, {groups, v.size(0), v.size(1), v.size(2)}, state);
-  Tensor dsinks = torch::stable::new_zeros(q, {sinks.has_value() ? q.size(1) : 0}, state);
+  const auto zeros_like = [&](const Tensor& t) {
+    return torch::stable::new_zeros(q, {t.size(0), t.size(1), t.size(2)}, state);
+  };
+  const auto more = [&](const Tensor& t) {
+    return torch::stable::new_zeros(q, {groups - 1, t.size(0), t.size(1), t.size(2)}, state);
+  };
+  Tensor dq = zeros_like(q), dk_more = more(k), dv_more = more(v);
+  Tensor dk = sums == nullptr ? zeros_like(k) : sums->dk, dv = sums == nullptr ? zeros_like(v) : sums->dv;
+  Tensor dsinks = torch::stable::new_zeros(q, {in.sinks.has_value() ? q.size(1) : 0}, state);
   b.dq = dq.mutable_data_ptr();
   b.dk = dk.mutable_data_ptr();
   b.dv = dv.mutable_data_ptr();
+  b.dk_more = dk_more.mutable_data_ptr();
+  b.dv_more = dv_more.mutable_data_ptr();
   Tensor sink_rows;
-  if (sinks.has_value()) {
+  if (in.sinks.has_value()) {
     sink_rows = torch::stable::new_zeros(q, {q.size(0), q.size(1)}, state);
     b.dsinks = sink_rows.mutable_data_ptr();
   }
@@ -258,7 +296,9 @@ Gradients attend_backward_op(const Tensor& dout_, const std::optional<Tensor>& d
         attend_backward_scratch_bytes<isa>(p, std::max<int64_t>(1, p.plan.max_task_queries) * group);
     attend_backward<isa>(b);
   });
-  if (sinks.has_value()) {  // rows in order, whatever the number of threads
+  add_groups(dk, dk_more);
+  add_groups(dv, dv_more);
+  if (in.sinks.has_value()) {  // rows in order, whatever the number of threads
     auto add = [&]<class T>(T) {
       const T* rows = static_cast<const T*>(b.dsinks);
       T* sum = static_cast<T*>(dsinks.mutable_data_ptr());
@@ -273,8 +313,33 @@ Gradients attend_backward_op(const Tensor& dout_, const std::optional<Tensor>& d
     }
   }
   const ScalarType dtype = q.scalar_type();
-  return {dq.scalar_type() == dtype ? dq : torch::stable::to(dq, dtype), finish_gradient(dk, dtype),
-          finish_gradient(dv, dtype), dsinks};
+  if (sums != nullptr) return {to_dtype(dq, dtype), dk, dv, dsinks};
+  return {to_dtype(dq, dtype), to_dtype(dk, dtype), to_dtype(dv, dtype), dsinks};
+}
+
+Gradients attend_backward_op(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
+                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const Tensor& slots, const Tensor& query, const Tensor& segment,
+                             const Tensor& item, const Tensor& task, const Tensor& merge_ptr,
+                             const Tensor& merge_row, const Tensor& counts,
+                             const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window,
+                             const std::optional<Tensor>& item_query) {
+  const Inputs in{
+      q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts, item_query}, sinks};
+  return run_backward(dout, dlse, in, out, lse, scale, softcap, window, nullptr);
+}
+
+std::tuple<Tensor, Tensor> attend_backward_accumulate_op(
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& slots, const Tensor& query, const Tensor& segment,
+    const Tensor& item, const Tensor& task, const Tensor& merge_ptr, const Tensor& merge_row,
+    const Tensor& counts, const std::optional<Tensor>& sinks, double scale, double softcap, int64_t window,
+    const Tensor& dk, const Tensor& dv, const std::optional<Tensor>& item_query) {
+  const Inputs in{
+      q, k, v, {slots, query, segment, item, task, merge_ptr, merge_row, counts, item_query}, sinks};
+  const Sums sums{dk, dv};
+  Gradients all = run_backward(dout, dlse, in, out, lse, scale, softcap, window, &sums);
+  return {std::get<0>(all), std::get<3>(all)};
 }
 
 template <class Library>
@@ -282,6 +347,7 @@ void implement(Library& m) {
   m.impl("attend", TORCH_BOX(&attend_op));
   m.impl("attend_out", TORCH_BOX(&attend_out_op));
   m.impl("attend_backward", TORCH_BOX(&attend_backward_op));
+  m.impl("attend_backward_accumulate_", TORCH_BOX(&attend_backward_accumulate_op));
 }
 
 }  // namespace

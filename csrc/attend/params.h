@@ -116,18 +116,21 @@ struct KeyIndex {
   int32_t extra, least;                           // pieces beyond one per tile; queries that a piece is worth
 };
 
-// dq, dk and dv are of the arithmetic type T on the CPU, of the dtype of q on a GPU.
+// dq is of the arithmetic type T on the CPU, of the dtype of q on a GPU.
 struct AttendBackwardParams {
   AttendParams forward;  // inputs, out and lse as the forward pass returned them; units of one KV head each
   Strided dout;          // [Nq, Hq, Dv], dtype of q
   const void* dlse;      // T [Nq, Hq] or null
   void* dq;              // [Nq, Hq, D], zeroed
-  void* dk;              // [groups, slots, Hk, D], zeroed; one group on a GPU
-  void* dv;              // [groups, slots, Hk, Dv], zeroed
-  void* dsinks;          // T [Nq, Hq] or null: per row
-  void* sink_sums;       // T [Hq] or null: their sums; filled on a GPU, by the operator on the CPU
-  void* delta;           // T [Nq, Hq]: scratch of a GPU
-  float* part_dq;        // [entries, group, D] of a plan by blocks, as partial_out
+  // [slots, Hk, D] and [slots, Hk, Dv]. On the CPU T, which group 0 adds to, and for the other groups dk_more
+  // and dv_more, T [groups - 1, ..], zeroed. On a GPU zeroed, in the dtype of q, or, where there are dk_sum
+  // and dv_sum, these in float, which are added to.
+  void *dk, *dv, *dk_more, *dv_more;
+  float *dk_sum, *dv_sum;
+  void* dsinks;     // T [Nq, Hq] or null: per row
+  void* sink_sums;  // T [Hq] or null: their sums; filled on a GPU, by the operator on the CPU
+  void* delta;      // T [Nq, Hq]: scratch of a GPU
+  float* part_dq;   // [entries, group, D] of a plan by blocks, as partial_out
   // How a GPU finds dk and dv (key_tiles.h).
   KeyIndex index;
   float* part_dk;     // [slots, Hk, keys of a tile, D]

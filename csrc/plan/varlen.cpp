@@ -132,7 +132,7 @@ class VarlenPlanner {
     const int32_t flat = s.seen(s.query);
     const int32_t cut = std::clamp(flat, key_begin, key_end);
     if (key_begin < cut) {
-      draft_.add_keys(first, {s.key + key_begin, cut - key_begin, s.query, 0, hi, s.causal ? key_begin : 0});
+      draft_.add_keys(first, {s.key + key_begin, cut - key_begin, s.query, 0, hi, key_begin});
     }
     if (cut < key_end) {
       draft_.add_keys(first, {s.key + cut, key_end - cut, s.first_query(cut),

@@ -28,6 +28,8 @@ try:
         tah_wire_size,
         wire_status,
     )
+    from palmette.losses import group_advantages, policy_loss, token_logprobs
+    from palmette.prefix_attention import PrefixPlan, plan_prefix_attention, prefix_attention
     from palmette.sparse_attention import (
         compress,
         compressed_attention,
@@ -46,6 +48,7 @@ __all__ = [
     "CastCodec",
     "Codec",
     "FixpointCodec",
+    "PrefixPlan",
     "TahCodec",
     "Tree",
     "TreeAttentionIO",
@@ -59,16 +62,21 @@ __all__ = [
     "fixpoint_decode",
     "fixpoint_encode",
     "fixpoint_wire_size",
+    "group_advantages",
     "hadamard_transform",
     "merge_state",
     "merge_states",
+    "plan_prefix_attention",
     "plan_tree_attention",
+    "policy_loss",
+    "prefix_attention",
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
     "tah_decode",
     "tah_encode",
     "tah_wire_size",
+    "token_logprobs",
     "tree_attention",
     "verify_greedy",
     "verify_sample",
