@@ -131,6 +131,17 @@ def test_ties_of_entropy_go_to_the_first(backend):
     assert bitmap.tolist() == [0b00011111, 0b01111100, 0]
 
 
+@pytest.mark.parametrize("allocation", ["token", "tile"])
+def test_zeros_have_no_entropy(backend, allocation):
+    """They are the first to get fewer bits."""
+    x = activations(1, 10, 64)
+    x[0, [3, 8]] = 0
+    options = TahOptions(high_ratio=0.8, allocation=allocation)
+    check(x, options)
+    bitmap = encode(x, options)[64:66]
+    assert bitmap.tolist() == [0b00001000, 0b01]
+
+
 def test_tokens_whose_sums_overflow_keep_their_bits(backend):
     x = activations(1, 5, 64)
     x[0, 2] = 3e37
@@ -701,6 +712,18 @@ def test_given_memory(backend, codec):
     out = torch.empty(2, 5, 64)
     assert codec.decode(wire, x.shape, out=out) is out
     assert torch.equal(out, codec.decode(wire, x.shape))
+
+
+@pytest.mark.parametrize("tokens", [16, 64])
+@pytest.mark.parametrize("codec", [TahCodec(gate="never"), TahCodec(), FixpointCodec(4), FixpointCodec(3)])
+def test_nothing_behind_a_wire_is_written(backend, codec, tokens):
+    """Also where codes end with the wire."""
+    x = activations(1, tokens, 64)
+    size = codec.wire_size(x.shape)
+    memory = torch.full((size + 256,), 0xA5, dtype=torch.uint8)
+    codec.encode(x, out=memory[:size])
+    assert torch.equal(memory[:size], codec.encode(x))
+    assert bool((memory[size:] == 0xA5).all())
 
 
 def test_tensors_that_require_gradients_are_encoded_as_they_are():

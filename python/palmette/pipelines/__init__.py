@@ -26,6 +26,7 @@ __all__ = [
     "Edge",
     "PipelineError",
     "QuantPipelineStage",
+    "SharedPrefixSchedule",
     "Step",
     "ThoughtNode",
     "Thoughts",
@@ -42,10 +43,13 @@ __all__ = [
     "tree_of_thought_steps",
 ]
 
-_DISTRIBUTED = ("Edge", "PipelineError", "QuantPipelineStage")  # importing torch.distributed takes a second
+# imported on first use: torch.distributed takes a second, and transformers more
+_LATER = dict.fromkeys(("Edge", "PipelineError", "QuantPipelineStage"), "pipeline_parallel") | {
+    "SharedPrefixSchedule": "shared_prefix"
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _DISTRIBUTED:
-        return getattr(importlib.import_module("palmette.pipelines.pipeline_parallel"), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"palmette.pipelines.{_LATER[name]}"), name)
     raise AttributeError(f"module 'palmette.pipelines' has no attribute {name!r}")
