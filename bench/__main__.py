@@ -21,6 +21,7 @@ MODULES = {
     "model": "bench_model",
     "sparse": "bench_sparse",
     "codec": "bench_codecs",
+    "prefix": "bench_shared_prefix",
 }
 
 

@@ -38,6 +38,7 @@ GOALS = {
     "fasttree": Goal("FastTree's grid", 1.0),
     "training": Goal("training, forward + backward", 2.5),
     "merge": Goal("merging states", 1.0),
+    "prefix": Goal("updates on a shared prompt", 1.0, median=1.3),
 }
 MANY_ROWS = 64  # from here on a case is to reach FLOOR_MANY_ROWS of its floor, else FLOOR_FEW_ROWS
 FLOOR_MANY_ROWS, FLOOR_FEW_ROWS = 0.75, 0.6

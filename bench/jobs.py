@@ -12,7 +12,7 @@ import torch
 from bench.measure import Evictor, Race
 
 Row = dict[str, Any]
-KINDS = ("attention", "training", "merge", "checks", "model", "sparse", "codec")
+KINDS = ("attention", "training", "merge", "checks", "model", "sparse", "codec", "prefix")
 
 
 @dataclass

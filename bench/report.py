@@ -155,7 +155,7 @@ def _spread(values: Sequence[float]) -> str:
 def summary_lines(result: dict[str, Any]) -> list[tuple[str, str, bool]]:
     """(what, finding, whether the goal is met) per goal."""
     found: list[tuple[str, str, bool]] = []
-    timed = [row for kind in ("attention", "training", "merge") for row in _by_kind(result, kind)]
+    timed = [row for kind in ("attention", "training", "merge", "prefix") for row in _by_kind(result, kind)]
     for group, goal in GOALS.items():
         rows = [row for row in timed if row["group"] == group]
         if rows:
@@ -266,12 +266,17 @@ def markdown(result: dict[str, Any], name: str) -> str:
     ]
     found = ((_escape(what), finding, _mark(met)) for what, finding, met in summary_lines(result))
     lines += _table(("goal", "result", "met"), found)
-    titles = {"attention": "Attention", "training": "Training, forward + backward", "merge": "Merging states"}
+    titles = {
+        "attention": "Attention",
+        "training": "Training, forward + backward",
+        "merge": "Merging states",
+        "prefix": "Updates on a shared prompt, forward + backward",
+    }
     for kind, title in titles.items():
         rows = _by_kind(result, kind)
         if rows:
             lines += [f"## {title}", "", *_peer_table(rows)]
-            lines += [f"![ratios](./{name}-{kind}.png)", ""] if kind != "merge" else []
+            lines += [f"![ratios](./{name}-{kind}.png)", ""] if kind in ("attention", "training") else []
     if sparse := _by_kind(result, "sparse"):
         lines += ["## Sparse attention", ""]
         for title, head, cells in sparse_report.tables(sparse):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pipeline_workers
@@ -15,9 +16,20 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from palmette.pipelines.shared_prefix import MODES, SharedPrefixSchedule, _Forest  # noqa: E402
+from palmette.pipelines.shared_prefix import MODES, SharedPrefixSchedule  # noqa: E402
+from palmette.pipelines.shared_prefix.forest import Forest  # noqa: E402
 
 VOCAB = 61
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two would wait for each other longer than these models take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -538,7 +550,7 @@ def test_no_microbatch_is_larger_than_asked(scalar_backend):
 
 def test_what_a_microbatch_holds():
     tree, _ = tree_of("nested")
-    forest = _Forest.of(tree)
+    forest = Forest.of(tree)
     assert sum(forest.length) == forest.size[0] == 45
     for budget in range(1, 60):
         done: list[int] = []
@@ -580,9 +592,7 @@ def rank_steps(rank: int, size: int, names: list[str], kind: str) -> tuple[Tenso
     with testing.backend("scalar"):
         schedule = SharedPrefixSchedule(model, group=torch.distributed.group.WORLD)
         options = {"microbatch_tokens": 12, "denominator": 7.0}
-        schedule.step(
-            tree, ids, loss_of(weights_of(tree)), **options
-        )  # what is there is not summed
+        schedule.step(tree, ids, loss_of(weights_of(tree)), **options)  # what is there is not summed
         loss = schedule.step(tree, ids, loss_of(weights_of(tree)), **options)
     return loss, gradients(model)
 

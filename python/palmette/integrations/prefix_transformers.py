@@ -83,7 +83,8 @@ class PrefixPass:
         rows: the tokens of this forward, a forest or cu_seqlens, as ``plan_prefix_attention`` takes them.
         prefix_len: tokens of the stack that they see.
         stack: of the path.
-        keep: write keys and values to the stack, behind the prefix, and keep the graph's in ``kept``.
+        keep: keep keys and values, with their graph, in ``kept``.
+        write: where they are kept, write them to the stack too, behind the prefix.
         graph: there will be a backward pass.
 
     Attributes:
@@ -91,10 +92,17 @@ class PrefixPass:
     """
 
     def __init__(
-        self, rows: Tree | Tensor, prefix_len: int, stack: PrefixStack, *, keep: bool, graph: bool
+        self,
+        rows: Tree | Tensor,
+        prefix_len: int,
+        stack: PrefixStack,
+        *,
+        keep: bool,
+        write: bool,
+        graph: bool,
     ) -> None:
         self.rows, self.prefix_len, self.stack = rows, prefix_len, stack
-        self.keep, self.graph = keep, graph
+        self.keep, self.write, self.graph = keep, write, graph
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._plans: dict[tuple[int, int, int, int | None], PrefixPlan] = {}
 
@@ -147,7 +155,8 @@ class PrefixPass:
             )
         # a checkpointed layer comes here again in the backward pass, when its tokens have been kept
         if self.keep and layer not in self.kept:
-            self.stack.write(layer, self.prefix_len, k, v)
+            if self.write:
+                self.stack.write(layer, self.prefix_len, k, v)
             self.kept[layer] = (k, v)
         return out
 

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on trees of tokens, of which each is computed once: a prompt with its rollouts, and deeper.
+
+The loss is a sum over tokens, so the gradient of a prefix is the sum of what the tokens after it send back.
+The schedule walks the tree depth first. A node with something below it is
+
+    A  pushed:   forward once; its keys and values go to a stack, detached, and its hidden states become
+    leaves B  (visited) what lies below runs forward and backward in microbatches; gradients to the stack's
+    keys and
+                 values, and to the hidden state that predicts a child's first token, add up
+    C  popped:   one backward from its keys, values and hidden states, with the sums of their gradients
+
+and its own backward adds to the sums of its ancestors. A subtree that fits a microbatch is one forward under
+a tree's plan.
+
+Source: "Schedule-Level Shared-Prefix Reuse for LLM RL Training" (arXiv 2606.01143), where the tree is a star.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palmette._checks import INDEX, check_at_least, check_dtype, check_number, check_shape
+from palmette.losses import CHUNK_BYTES
+from palmette.tree import Tree
+
+from .forest import Forest
+from .step import Options, Step
+from .vocabulary import LossFunction
+
+MODES = ("retain", "offload", "recompute")
+
+
+class SharedPrefixSchedule:
+    """Runs a causal language model of transformers over a tree of tokens, each computed once.
+
+    Gradients are those of the dense baseline (every path from a root to a leaf as a sequence of its own, a
+    token's loss counted once), whatever the mode and the size of microbatches.
+
+    Args:
+        model: a Llama, Qwen2, Qwen3, Qwen3-MoE, Mistral or one like them, as it is: its attention is
+            exchanged by name while a step runs. LoRA adapters, frozen parameters, tied embeddings, gradient
+            checkpointing (not the reentrant one) and sliding windows work; attention dropout must be 0.
+        mode: what becomes of a prefix's graph while the tokens below run. ``"retain"``: it stays.
+            ``"offload"``: what it has saved goes to the host's memory, or from the CPU to a temporary file.
+            ``"recompute"``: there is none; the prefix runs forward once more, with the same random numbers.
+        temperature: divides the logits, as in the rollout.
+        aux_loss: coefficient of a mixture of experts' load-balancing loss over all sequences, as transformers
+            defines it. Exact for any microbatches, at the price of a forward pass of all tokens before, which
+            counts. Default: what the model's configuration says (router_aux_loss_coef, where
+            output_router_logits is set), else 0.
+        group: a torch.distributed group whose ranks hold trees of their own: gradients and the loss are
+            summed over them, once, at the end of the step. Default: this process alone.
+        chunk_bytes: of logits that may be alive.
+
+    Raises:
+        ValueError: an option is unknown.
+
+    Source: "Schedule-Level Shared-Prefix Reuse for LLM RL Training" (arXiv 2606.01143).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        mode: str = "retain",
+        *,
+        temperature: float = 1.0,
+        aux_loss: float | None = None,
+        group: Any = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        check_number("temperature", temperature, 1e-6, 1e6)
+        check_at_least(1, chunk_bytes=chunk_bytes)
+        config = model.config.get_text_config()
+        if aux_loss is None:
+            wanted = getattr(config, "output_router_logits", False)
+            aux_loss = getattr(config, "router_aux_loss_coef", 0.0) if wanted else 0.0
+        check_number("aux_loss", aux_loss, 0, 1e6)
+        self.model, self.group = model, group
+        self._options = Options(mode, float(temperature), float(aux_loss), chunk_bytes)
+        self._vocab_size = config.vocab_size
+
+    def step(
+        self,
+        tree: Tree,
+        token_ids: Tensor,
+        loss_fn: LossFunction,
+        *,
+        microbatch_tokens: int,
+        denominator: float,
+    ) -> Tensor:
+        """Adds the gradients of ``sum of losses / denominator`` to the parameters' ``grad``.
+
+        Args:
+            tree: of tokens: a root is a prompt, a child of it a rollout; any depth.
+            token_ids: [N], int32 or int64, in depth-first order (``tree.node_start`` says where nodes begin).
+            loss_fn: ``loss_fn(logprobs [t], token [t])`` returns the sum of the losses of some tokens, a
+                differentiable scalar; token: their depth-first numbers, to look up advantages, old
+                log-probabilities and so on. Called with any tokens below the roots, each once in a step.
+            microbatch_tokens: how many run forward and backward together at most; a longer leaf is one
+                microbatch.
+            denominator: what the loss is divided by; with a group, that of all ranks.
+
+        Returns:
+            The loss, a float64 scalar without a graph; the load-balancing loss is part of it.
+
+        Raises:
+            ValueError: an argument does not fit. Like any other exception it leaves parameters and their
+                gradients as they were before the step.
+        """
+        forest = self._check(tree, token_ids, microbatch_tokens)
+        check_number("denominator", denominator, 1e-300, 1e300)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        try:
+            step = Step(self.model, self._options, forest, token_ids, loss_fn, denominator)
+            loss = step.run(microbatch_tokens)
+            if self.group is not None:
+                loss = self._reduce(parameters, loss)
+        except BaseException:
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
+            raise
+        for p, grad in zip(parameters, before, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else grad.add_(p.grad)
+        return loss
+
+    @torch.no_grad()
+    def logprobs(self, tree: Tree, token_ids: Tensor, *, microbatch_tokens: int) -> Tensor:
+        """Log-probabilities of all tokens below the roots, each given its path.
+
+        Args:
+            tree, token_ids, microbatch_tokens: as for ``step``.
+
+        Returns:
+            [N], float32 (float64 for a float64 model), depth-first; 0 for tokens of the roots.
+        """
+        forest = self._check(tree, token_ids, microbatch_tokens)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def keep(logprobs: Tensor, tokens: Tensor) -> Tensor:
+            found.append((logprobs, tokens))
+            return logprobs.new_zeros(())
+
+        step = Step(self.model, self._options, forest, token_ids, keep, 1.0)
+        step.run(microbatch_tokens)
+        result = torch.zeros(len(token_ids), dtype=step.head.dtype, device=token_ids.device)
+        for logprobs, tokens in found:
+            result[tokens] = logprobs
+        return result
+
+    def _check(self, tree: Tree, token_ids: Tensor, microbatch_tokens: int) -> Forest:
+        if not isinstance(tree, Tree):
+            raise ValueError(f"tree must be a palmette.Tree, got {type(tree).__name__}")
+        check_dtype("token_ids", token_ids, INDEX)
+        check_shape("token_ids", token_ids, "[N]", [tree.num_tokens])
+        check_at_least(1, microbatch_tokens=microbatch_tokens)
+        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self._vocab_size:
+            raise ValueError(
+                f"token_ids must be in [0, {self._vocab_size}), got {int(token_ids.min())} to "
+                f"{int(token_ids.max())}"
+            )
+        return Forest.of(tree)
+
+    def _reduce(self, parameters: list[Tensor], loss: Tensor) -> Tensor:
+        """Sums over the ranks. A rank whose tree does not reach a parameter has zeros."""
+        import torch.distributed as dist
+
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad, group=self.group)
+        dist.all_reduce(loss, group=self.group)
+        return loss

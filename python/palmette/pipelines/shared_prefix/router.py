@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load-balancing loss of a mixture of experts, over a tree of tokens."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .forest import Rows
+
+
+class Router:
+    """The load-balancing loss of a mixture of experts, ``E sum_e f_e P_e``.
+
+    f_e is the share of choices that go to expert e, times how many experts a token has, and P_e the mean
+    probability, over the tokens of all sequences and layers: a token counts once for each leaf at or below
+    it. The counts are those of a pass before, so that the loss is a sum over tokens, as any other.
+
+    Source: Switch Transformers (arXiv 2101.03961), as transformers computes it.
+    """
+
+    def __init__(self, coefficient: float, decoder: Any, config: Any) -> None:
+        self.coefficient = coefficient
+        self.loss = torch.zeros((), dtype=torch.float64, device=next(decoder.parameters()).device)
+        self.modules: list[Any] = []
+        if not coefficient:
+            return
+        recorded = getattr(type(decoder), "_can_record_outputs", None) or {}
+        recorder = recorded.get("router_logits") or getattr(decoder, "_can_record_outputs", {}).get(
+            "router_logits"
+        )
+        kind = getattr(recorder, "target_class", recorder)
+        self.index = getattr(recorder, "index", 0)
+        self.modules = [] if kind is None else [m for m in decoder.modules() if isinstance(m, kind)]
+        if not self.modules:
+            raise ValueError("aux_loss must be 0 for a model without routers, got one that has none")
+        self.top_k = config.num_experts_per_tok
+        self.counts: Tensor | None = None  # choices of all sequences by expert
+        self.rows = 0.0  # tokens of all sequences and layers
+        self._counting = False
+
+    def counting(self) -> AbstractContextManager[None]:
+        router = self
+
+        class Counting(AbstractContextManager[None]):
+            def __enter__(self) -> None:
+                router.counts, router.rows, router._counting = None, 0.0, True
+
+            def __exit__(self, *_: object) -> None:
+                router._counting = False
+
+        return Counting()
+
+    def watch(self, rows: Rows) -> Watch:
+        return Watch(self, rows)
+
+
+class Watch:
+    """One forward under the router's eyes; called afterwards, it returns the forward's part of the loss."""
+
+    def __init__(self, router: Router, rows: Rows) -> None:
+        self.router, self.rows = router, rows
+        self.parts: list[Tensor] = []
+        self.handles: list[Any] = []
+        self.open = False
+
+    def __enter__(self) -> Watch:
+        if self.router.modules and (self.router._counting or self.router.counts is not None):
+            self.handles = [m.register_forward_hook(self._see) for m in self.router.modules]
+            self.open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open = False  # layers that are computed again in the backward pass are not seen twice
+        for handle in self.handles:
+            handle.remove()
+
+    def _see(self, module: Any, inputs: Any, output: Any) -> None:
+        router = self.router
+        logits = output[router.index] if isinstance(output, tuple) else output
+        probabilities = torch.softmax(logits, -1)
+        weights = self.rows.leaves.to(logits.device, torch.float64)
+        if router._counting:
+            chosen = probabilities.topk(router.top_k, -1).indices
+            counts = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)
+            counts.scatter_add_(0, chosen.flatten(), weights.repeat_interleave(router.top_k))
+            router.counts = counts if router.counts is None else router.counts + counts
+            router.rows += float(weights.sum())
+            return
+        assert router.counts is not None
+        factor = router.coefficient * len(router.counts) / router.rows**2
+        dtype = torch.promote_types(probabilities.dtype, torch.float32)
+        by_expert = (router.counts * factor).to(dtype)
+        self.parts.append(weights.to(dtype) @ (probabilities.to(dtype) @ by_expert))
+
+    def __call__(self) -> Tensor | None:
+        if not self.parts:
+            return None
+        total = torch.stack(self.parts).sum()
+        if torch.is_grad_enabled():  # not when a prefix runs that is going to run again
+            self.router.loss += total.detach().double()
+        return total

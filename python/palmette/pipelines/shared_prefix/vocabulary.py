@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens to embeddings, and hidden states to losses.
+
+Tables [vocab, hidden] are the largest parameters of a small model. Their gradients are added up in one buffer
+per table and step, which input and output share where the embeddings are tied, and never pass through
+autograd, whose embedding would make a dense gradient in every backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palmette._attend import state_dtype
+from palmette.losses import chunk_rows, widened
+
+_ops = torch.ops.palmette
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class TableGradients:
+    """Sums of gradients of [vocab, hidden], in float32 or float64, each made when it is needed."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add_product(self, table: Tensor, a: Tensor, b: Tensor) -> None:
+        """Adds a.T @ b: a [t, vocab], b [t, hidden]."""
+        if id(table) in self._sums:
+            self._sums[id(table)][1].addmm_(a.T, b)
+        else:
+            self._sums[id(table)] = (table, a.T @ b)
+
+    def add_rows(self, table: Tensor, index: Tensor, rows: Tensor) -> None:
+        """Adds rows [t, hidden] to those that index [t] names."""
+        if id(table) not in self._sums:
+            zeros = torch.zeros(table.shape, dtype=state_dtype(table.dtype), device=table.device)
+            self._sums[id(table)] = (table, zeros)
+        total = self._sums[id(table)][1]
+        total.index_add_(0, index, rows.to(total.dtype))
+
+    def finish(self) -> None:
+        """Hands the sums to the parameters."""
+        for table, total in self._sums.values():
+            gradient = total.to(table.dtype)
+            table.grad = gradient if table.grad is None else table.grad.add_(gradient)
+
+
+class Embedding:
+    """What a decoder is given for its tokens.
+
+    Args:
+        module: the model's input embeddings.
+        gradients: where a plain one's go.
+    """
+
+    def __init__(self, module: Any, gradients: TableGradients) -> None:
+        self.module, self.gradients = module, gradients
+        self.is_plain = (
+            type(module) is torch.nn.Embedding
+            and module.max_norm is None
+            and not module.scale_grad_by_freq
+            and not module.sparse
+        )
+
+    def __call__(self, ids: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Keyword arguments of the decoder for ids [t], and a leaf that ``add`` takes after the backward."""
+        if not self.is_plain:
+            return {"input_ids": ids[None]}, None
+        with torch.no_grad():
+            leaf = self.module(ids[None])
+        leaf.requires_grad_(torch.is_grad_enabled() and self.module.weight.requires_grad)
+        return {"inputs_embeds": leaf}, leaf
+
+    def add(self, ids: Tensor, leaf: Tensor | None) -> None:
+        if leaf is None or leaf.grad is None:
+            return
+        rows = leaf.grad[0]
+        if self.module.padding_idx is not None:  # it has no gradient
+            kept = ids != self.module.padding_idx
+            ids, rows = ids[kept], rows[kept]
+        self.gradients.add_rows(self.module.weight, ids, rows)
+        leaf.grad = None
+
+
+class Head:
+    """Hidden states to losses and back, a chunk of logits at a time.
+
+    A chunk's gradients are taken while its logits are there: three products of a forward and backward pass,
+    not the four of computing logits again.
+
+    Args:
+        module: the model's output embeddings.
+        config: of the model.
+        loss_fn: of tokens.
+        denominator: of the loss.
+        temperature: of the logits.
+        chunk_bytes: of logits that may be alive.
+        gradients: where a plain table's go; None: there is no backward pass.
+
+    Attributes:
+        loss: so far.
+        dtype: of log-probabilities.
+
+    Raises:
+        ValueError: the model scales its logits.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        config: Any,
+        loss_fn: LossFunction,
+        denominator: float,
+        temperature: float,
+        chunk_bytes: int,
+        gradients: TableGradients | None,
+    ) -> None:
+        for name in ("logit_scale", "logits_scaling"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ValueError(f"{name} of the model must be 1, got {getattr(config, name)}")
+        self.module, self.loss_fn, self.gradients = module, loss_fn, gradients
+        self.denominator, self.temperature = denominator, temperature
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        first = next(module.parameters())
+        self.dtype = state_dtype(first.dtype)
+        is_plain = type(module) is torch.nn.Linear and module.bias is None and not self.softcap
+        self.wide = widened(module.weight.detach()) if is_plain else None
+        self.rows = chunk_rows(config.vocab_size, first.dtype, chunk_bytes)
+        self.loss = torch.zeros((), dtype=torch.float64, device=first.device)
+
+    def losses(self, hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
+        """Adds the tokens' losses; returns the gradients of hidden [t, hidden], which predicts targets
+        [t]."""
+        wide = widened(hidden)
+        dhidden = torch.zeros_like(wide)
+        one = self._by_module if self.wide is None else self._by_weight
+        for begin in range(0, len(tokens), self.rows):
+            part = slice(begin, begin + self.rows)
+            found = one(wide[part], targets[part], tokens[part])
+            if found is not None:
+                dhidden[part] = found
+        return dhidden
+
+    def _gradient(self, logprobs: Tensor, tokens: Tensor) -> Tensor | None:
+        """Adds the loss; returns its gradient to the log-probabilities, None where it is 0."""
+        with torch.set_grad_enabled(self.gradients is not None):
+            leaf = logprobs.detach().requires_grad_(self.gradients is not None)
+            loss = self.loss_fn(leaf, tokens)
+            if not isinstance(loss, Tensor) or loss.dim() != 0:
+                got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
+            loss = loss / self.denominator
+        self.loss += loss.detach().double()
+        if not loss.requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+        return gradient if gradient is not None and bool((gradient != 0).any()) else None
+
+    @torch.no_grad()
+    def _by_weight(self, hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor | None:
+        assert self.wide is not None
+        logits = hidden @ self.wide.T
+        logprobs, lse, _ = _ops.gather_logprobs(logits, targets, self.temperature, False)
+        gradient = self._gradient(logprobs, tokens)
+        if gradient is None or self.gradients is None:
+            return None
+        _ops.gather_logprobs_backward_(
+            gradient.contiguous(), None, logits, targets, lse, None, self.temperature
+        )
+        if self.module.weight.requires_grad:
+            self.gradients.add_product(self.module.weight, logits, hidden)
+        return logits @ self.wide
+
+    def _by_module(self, hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor | None:
+        """Of a head that is more than a matrix: LoRA, a bias, capped logits."""
+        with torch.set_grad_enabled(self.gradients is not None):
+            leaf = hidden.to(next(self.module.parameters()).dtype)
+            leaf.requires_grad_(self.gradients is not None)
+            logits = widened(self.module(leaf))
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            logprobs = torch.log_softmax(logits / self.temperature, -1)
+            chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+        gradient = self._gradient(chosen, tokens)
+        if gradient is None:
+            return None
+        chosen.backward(gradient)
+        assert leaf.grad is not None
+        return leaf.grad.to(hidden.dtype)
