@@ -28,6 +28,8 @@ KERNELS = {
     "tah_decode",
     "fixpoint_encode",
     "fixpoint_decode",
+    "gather_logprobs",
+    "gather_logprobs_backward",
 }
 
 built = pytest.mark.skipif(not CUDA.is_file(), reason="built without nvcc, or with PALMETTE_CUDA=0")

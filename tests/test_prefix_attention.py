@@ -323,6 +323,49 @@ def test_any_split_into_microbatches(backend, prefix, suffixes, split, seed):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
+# ---- bytes that a GPU moves
+
+
+@pytest.mark.skipif("emulated_check" not in testing.backends(), reason="the check build is not there")
+class TestBytes:
+    """Of a prefix of 200 tokens: 2 KV heads of 32 columns, a group of 2, in bfloat16."""
+
+    def run(self, suffixes: list[int]) -> tuple[Case, palmette.PrefixPlan, int]:
+        case = make(200, suffixes, dim=32, v_dim=32, dtype=torch.bfloat16)
+        plan = plan_prefix_attention(
+            case.cu_seqlens, 200, num_q_heads=4, num_kv_heads=2, head_dim=32, device=torch.device("cpu")
+        )
+        return case, plan, 200 * 2 * 32 * 2
+
+    @pytest.mark.parametrize("suffixes", [[4] * 8, [1] * 20, [32]])
+    def test_one_read_for_all_rows_of_a_tile(self, suffixes):
+        case, plan, once = self.run(suffixes)
+        with testing.backend("emulated_check"):
+            torch.ops.palmette.attend(case.q, *case[1:3], *plan.prefix, None, 1.0, 0.0, 0)
+        assert testing.traffic("k").read == testing.traffic("v").read == once
+
+    @pytest.mark.parametrize("suffixes", [[4] * 8, [50, 60, 70], [300]])
+    def test_sums_are_read_and_written_once(self, suffixes):
+        """However many rows and rollouts: each key tile has one owner.
+
+        Keys are read once for its sums, and once per tile of rows for dQ.
+        """
+        case, plan, once = self.run(suffixes)
+        arguments = (case.q, *case[1:3])
+        options = (*plan.prefix, None, 1.0, 0.0, 0)
+        with testing.backend("emulated_check"):
+            out, lse = torch.ops.palmette.attend(*arguments, *options)
+            buffers = buffers_of(case)
+            torch.ops.palmette.attend_backward_accumulate_(
+                torch.randn_like(out), None, *arguments, out, lse, *options, *buffers
+            )
+        for name in ("dk", "dv"):
+            traffic = testing.traffic(name)
+            assert traffic.read == traffic.written == 2 * once  # float32
+        tasks = int(plan.prefix[7][3])
+        assert testing.traffic("k").read <= once * (1 + 4 * tasks)
+
+
 # ---- gradients, compilation, errors
 
 

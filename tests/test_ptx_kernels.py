@@ -47,6 +47,8 @@ SOURCES = {
     "merge_states": "merge/kernel_gpu.cu",
     "merge_states_backward": "merge/kernel_gpu.cu",
     "select_blocks": "sparse/kernel_gpu.cu",
+    "gather_logprobs": "loss/kernel_gpu.cu",
+    "gather_logprobs_backward": "loss/kernel_gpu.cu",
 }
 BACKWARD = ["attend_delta", "attend_dq", "attend_dkv"]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -92,6 +94,8 @@ def kernels(dtype: torch.dtype, head_dim: int = 0, v_head_dim: int | None = None
         "merge_states": f"merge_states_kernelI{element}Li{width}E",
         "merge_states_backward": f"merge_states_backward_kernelI{element}E",
         "select_blocks": f"select_blocks_kernelI{math}E",
+        "gather_logprobs": f"gather_logprobs_kernelI{element}E",
+        "gather_logprobs_backward": f"gather_logprobs_backward_kernelI{element}E",
     }
     return lambda launch: (machine_of(SOURCES[launch.name]), names[launch.name])
 
@@ -110,7 +114,9 @@ def numbers(name: str, data: bytes, dtype: torch.dtype) -> torch.Tensor:
     """What a tensor holds that a kernel writes."""
     if name == "block_index":
         return torch.frombuffer(bytearray(data), dtype=torch.int32).double()
-    of_element = name in ("out", "dq", "dk", "dv", "douts", "dout_a", "dout_b")
+    if not data:
+        return torch.empty(0)
+    of_element = name in ("out", "dq", "dk", "dv", "douts", "dout_a", "dout_b", "logits")
     return torch.frombuffer(bytearray(data), dtype=dtype if of_element else FP32).double()
 
 
@@ -303,6 +309,41 @@ def test_gradients_by_an_index(dtype):
         p.backward(out, lse)
     names = ["attend_delta", "attend_dq", *key_tiles.INDEX, "attend_dkv", "attend_dkv_add"]
     assert [one.launch.name for one in done] == names
+    look_at(done, dtype)
+
+
+def test_gradients_that_are_added_to_sums():
+    """As test_gradients has them, but in float32 onto what is there."""
+    case = make_case([-1, 0, 0], [40, 26, 9], "tokens", q_heads=2, kv_heads=1, head_dim=64, dtype=BF16)
+    arguments, options = (case.q, case.k, case.v), (*case.plan.tensors, None, 0.125, 0.0, 0)
+    with testing.backend("emulated"):
+        out, lse = torch.ops.palmette.attend(*arguments, *options)
+        dout = torch.randn_like(out)
+        _, *want, _ = torch.ops.palmette.attend_backward(dout, None, *arguments, out, lse, *options)
+    sums = [torch.ones(x.shape) for x in (case.k, case.v)]
+    with testing.backend("emulated"), testing.recorded_launches() as launches:
+        torch.ops.palmette.attend_backward_accumulate_(dout, None, *arguments, out, lse, *options, *sums)
+    (launch,) = (one for one in launches if one.name == "attend_dkv")
+    machine, kernel = kernels(BF16, 64)(launch)
+    written = replay(machine, kernel, launch)
+    for name, total, gradient in zip(("dk", "dv"), sums, want, strict=True):
+        got = torch.frombuffer(bytearray(written[name]), dtype=FP32).view(total.shape)
+        torch.testing.assert_close(got, total, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got - 1, gradient.float(), rtol=2e-2, atol=2e-2)
+
+
+# ---- losses
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_logprobs(dtype):
+    """Rows that begin anywhere."""
+    x = torch.randn(3, 1003).to(dtype)[:, 1:]
+    y = torch.tensor([0, 500, 1001])
+    with testing.backend("emulated"), replays(kernels(dtype)) as done:
+        logprobs, lse, entropies = torch.ops.palmette.gather_logprobs(x, y, 0.7, True)
+        torch.ops.palmette.gather_logprobs_backward_(logprobs, entropies, x, y, lse, entropies, 0.7)
+    assert [one.launch.name for one in done] == ["gather_logprobs", "gather_logprobs_backward"]
     look_at(done, dtype)
 
 
