@@ -715,7 +715,11 @@ def test_given_memory(backend, codec):
 
 
 @pytest.mark.parametrize("tokens", [16, 64])
-@pytest.mark.parametrize("codec", [TahCodec(gate="never"), TahCodec(), FixpointCodec(4), FixpointCodec(3)])
+@pytest.mark.parametrize(
+    "codec",
+    [TahCodec(gate="never", high_bits=3), TahCodec(high_bits=6), FixpointCodec(4), FixpointCodec(3)],
+    ids=repr,
+)
 def test_nothing_behind_a_wire_is_written(backend, codec, tokens):
     """Also where codes end with the wire."""
     x = activations(1, tokens, 64)
