@@ -69,6 +69,17 @@ def test_chunks_change_nothing_but_rounding(backend):
         torch.testing.assert_close(palmette.token_logprobs(h, w, y, chunk_bytes=chunk_bytes), whole)
 
 
+@pytest.mark.parametrize("vocab", [100, 2049, 9000])
+def test_rows_that_rise_and_fall(backend, vocab):
+    """The largest logit so far changes all along the row, or never."""
+    rising = torch.linspace(-3, 6, vocab)
+    x, y = torch.stack([rising, rising.flip(0), 3 * rising]), torch.tensor([5, 7, vocab - 1])
+    logprobs, _, entropies = _ops.gather_logprobs(x, y, 1.0, True)
+    want = reference.gather_logprobs(x, y)
+    torch.testing.assert_close(logprobs.double(), want[0], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), want[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [30.0, 1e4])
 def test_logits_far_apart(backend, size):
     h, w, y = make(20, 8, 3000, size=size)
