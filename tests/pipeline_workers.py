@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from palmette.codecs import FixpointCodec
-from palmette.pipelines.activation_store import ActivationStore, DeltaCodec
+from palmette.pipelines import ActivationStore, DeltaCodec
 from palmette.pipelines.pipeline_parallel import Edge, PipelineError, QuantPipelineStage
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe

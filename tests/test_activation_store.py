@@ -15,7 +15,7 @@ import pytest
 import torch
 from palmette import testing
 from palmette.codecs import FixpointCodec, TahCodec
-from palmette.pipelines.activation_store import ActivationStore, DeltaCodec
+from palmette.pipelines import ActivationStore, DeltaCodec
 from torch import Tensor
 
 TOKENS, CHANNELS = 6, 8

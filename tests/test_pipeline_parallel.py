@@ -10,7 +10,7 @@ import pipeline_workers as workers
 import pytest
 import torch
 from palmette.codecs import CastCodec, FixpointCodec, TahCodec
-from palmette.pipelines.activation_store import ActivationStore, DeltaCodec
+from palmette.pipelines import ActivationStore, DeltaCodec
 from palmette.pipelines.pipeline_parallel import Edge, QuantPipelineStage, _chunk
 from pipeline_workers import EIGHT, FOUR
 from torch.distributed.pipelining import PipelineStage

@@ -15,6 +15,8 @@ commands:
          train a small language model with native sparse attention beside a dense one (train-sparse --help)
   train-pipeline
          fine-tune SmolLM2 in two stages over a slow link, with and without codecs (train-pipeline --help)
+  train-rl
+         teach SmolLM2 to add, by GRPO on trees of shared tokens (train-rl --help)
   env    print the versions, the CPU, and the body in use: paste it into bug reports
 """
 
@@ -40,13 +42,25 @@ def _train_pipeline(arguments: Sequence[str]) -> int:
     return train_pipeline.main(list(arguments))
 
 
+def _train_rl(arguments: Sequence[str]) -> int:
+    from palmette.pipelines import train_rl
+
+    return train_rl.main(list(arguments))
+
+
 def _env(arguments: Sequence[str]) -> int:
     from palmette import collect_env
 
     return collect_env.main()
 
 
-COMMANDS = {"demo": _demo, "train-sparse": _train_sparse, "train-pipeline": _train_pipeline, "env": _env}
+COMMANDS = {
+    "demo": _demo,
+    "train-sparse": _train_sparse,
+    "train-pipeline": _train_pipeline,
+    "train-rl": _train_rl,
+    "env": _env,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

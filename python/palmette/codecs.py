@@ -20,13 +20,28 @@ from torch import Tensor
 
 from palmette import _library
 from palmette._checks import check_device, check_dtype, check_number, check_shape
+from palmette._codec_checks import (
+    ENCODED,
+    aligned,
+    bytes_of_bits,
+    check_apart,
+    check_bits,
+    check_choice,
+    check_encoded,
+    check_message,
+    check_no_gradients,
+    check_sizes,
+    decode_wire,
+    is_int,
+    memory_of,
+    result_for,
+    wire_for,
+)
 
 _ops = torch.ops.palmette
 
-ENCODED = (torch.float32, torch.bfloat16, torch.float16)
 HADAMARD_SIZES = "2^k or 12, 20, 28 or 40 times 2^k, up to 40960"
 HEADER_BYTES = 64
-_ALIGNMENT = 16  # of a wire's sections
 _ALLOCATIONS = ("none", "token", "tile")
 _GATES = ("never", "ratio", "range", "always")
 _METADATA = ("fp16", "fp32")
@@ -88,7 +103,7 @@ def hadamard_transform(
     check_shape("out", out, "[..., n]", x.shape)
     check_dtype("out", out, (x.dtype,))
     check_device("out", out, x.device)
-    _check_no_gradients(x, out)
+    check_no_gradients(x, out)
     _library.call(_ops.hadamard_transform_out.default, x.detach(), float(scale), transpose, out)
     return out
 
@@ -174,7 +189,7 @@ def tah_decode(
         ValueError: the wire is cut off, altered, of another version, kind or shape; nothing has been written
             then. On a GPU nobody waits to see: the result is NaN, and ``wire_status`` tells why.
     """
-    return _decode(_ops.tah_decode, wire, shape, dtype, out)
+    return decode_wire(_ops.tah_decode, wire, shape, dtype, out)
 
 
 def tah_wire_size(shape: Sequence[int], **options: Any) -> int:
@@ -227,7 +242,7 @@ def fixpoint_decode(
     wire: Tensor, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, out: Tensor | None = None
 ) -> Tensor:
     """What ``fixpoint_encode`` has written; arguments, result and errors as for ``tah_decode``."""
-    return _decode(_ops.fixpoint_decode, wire, shape, dtype, out)
+    return decode_wire(_ops.fixpoint_decode, wire, shape, dtype, out)
 
 
 def fixpoint_wire_size(shape: Sequence[int], *, bits: int, scale_dims: Sequence[int] = (0, 1)) -> int:
@@ -266,11 +281,11 @@ def delta_encode_(
     """
     codec = FixpointCodec(bits, scale_dims, grid)
     groups = codec.groups(x.shape)
-    _check_encoded("x", x)
-    _check_message(m, x.shape, x.device)
-    _check_apart("m", m, "x", x)
-    wire = _wire_for(x, codec.wire_size(x.shape), out)
-    _check_apart("out", wire, "m", m)
+    check_encoded("x", x)
+    check_message(m, x.shape, x.device)
+    check_apart("m", m, "x", x)
+    wire = wire_for(x, codec.wire_size(x.shape), out)
+    check_apart("out", wire, "m", m)
     _library.call(_ops.delta_encode_.default, x.detach(), m, groups, bits, _GRIDS.index(grid), wire)
     return wire
 
@@ -289,8 +304,8 @@ def delta_decode_(wire: Tensor, m: Tensor) -> Tensor:
         ValueError: the wire is cut off, altered, or of another shape; m is unchanged then.
     """
     check_dtype("wire", wire, (torch.uint8,))
-    _check_message(m, m.shape, wire.device)
-    _check_apart("m", m, "wire", wire)
+    check_message(m, m.shape, wire.device)
+    check_apart("m", m, "wire", wire)
     _library.call(_ops.delta_decode_.default, wire, m)
     return m
 
@@ -356,9 +371,9 @@ class CastCodec(Codec):
         return math.prod(shape) * self.dtype.itemsize
 
     def encode(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        _check_encoded("x", x)
-        wire = _wire_for(x, self.wire_size(x.shape), out)
-        _memory_of("out", wire, self.dtype).copy_(x.detach().reshape(-1))
+        check_encoded("x", x)
+        wire = wire_for(x, self.wire_size(x.shape), out)
+        memory_of("out", wire, self.dtype).copy_(x.detach().reshape(-1))
         return wire
 
     def decode(
@@ -371,8 +386,8 @@ class CastCodec(Codec):
     ) -> Tensor:
         check_dtype("wire", wire, (torch.uint8,))
         check_shape("wire", wire, "[wire_size]", [self.wire_size(shape)])
-        result = _result_for(wire, shape, dtype, out)
-        return result.copy_(_memory_of("wire", wire, self.dtype).view(tuple(shape)))
+        result = result_for(wire, shape, dtype, out)
+        return result.copy_(memory_of("wire", wire, self.dtype).view(tuple(shape)))
 
 
 @dataclass(frozen=True)
@@ -394,9 +409,9 @@ class TahCodec(Codec):
     rounded: bool = True
 
     def __post_init__(self) -> None:
-        if not _is_int(self.tile_size) or self.tile_size not in (8, 16, 32, 64, 128, 256):
+        if not is_int(self.tile_size) or self.tile_size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"tile_size must be a power of two in [8, 256], got {self.tile_size!r}")
-        _check_bits(high_bits=self.high_bits, low_bits=self.low_bits)
+        check_bits(high_bits=self.high_bits, low_bits=self.low_bits)
         if self.low_bits > self.high_bits:
             raise ValueError(f"low_bits must be at most high_bits = {self.high_bits}, got {self.low_bits}")
         check_number("high_ratio", self.high_ratio, 0, 1)
@@ -404,10 +419,10 @@ class TahCodec(Codec):
         if not isinstance(self.rounded, bool):
             raise ValueError(f"rounded must be True or False, got {self.rounded!r}")
         for name, names in (("allocation", _ALLOCATIONS), ("gate", _GATES), ("metadata", _METADATA)):
-            _check_choice(name, getattr(self, name), names)
+            check_choice(name, getattr(self, name), names)
 
     def _sizes(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        _check_sizes(shape)
+        check_sizes(shape)
         if len(shape) < 2:
             raise ValueError(f"x must be [..., S, C], got {list(shape)}")
         if shape[-1] % self.tile_size:
@@ -432,17 +447,17 @@ class TahCodec(Codec):
         low_tiles = low * per_token if self.allocation == "token" else low
         bitmap = {"none": 0, "token": batch * length, "tile": tiles}[self.allocation]
         sections = (
-            _bytes_of_bits(bitmap),
-            _bytes_of_bits(tiles) if self.gate in ("ratio", "range") else 0,
-            _bytes_of_bits(tiles * width) if self.gate != "never" else 0,
+            bytes_of_bits(bitmap),
+            bytes_of_bits(tiles) if self.gate in ("ratio", "range") else 0,
+            bytes_of_bits(tiles * width) if self.gate != "never" else 0,
             tiles * (4 if self.metadata == "fp16" else 8),
             self.tile_size // 8 * (low_tiles * self.low_bits + (tiles - low_tiles) * self.high_bits),
         )
         return HEADER_BYTES + sum(map(aligned, sections))
 
     def encode(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        _check_encoded("x", x)
-        wire = _wire_for(x, self.wire_size(x.shape), out)
+        check_encoded("x", x)
+        wire = wire_for(x, self.wire_size(x.shape), out)
         _library.call(
             _ops.tah_encode.default,
             x.detach(),
@@ -483,16 +498,16 @@ class FixpointCodec(Codec):
     grid: str = "ac-sgd"
 
     def __post_init__(self) -> None:
-        _check_bits(bits=self.bits)
-        _check_choice("grid", self.grid, _GRIDS)
+        check_bits(bits=self.bits)
+        check_choice("grid", self.grid, _GRIDS)
         dims = self.scale_dims
-        if not isinstance(dims, Sequence) or not dims or not all(map(_is_int, dims)):
+        if not isinstance(dims, Sequence) or not dims or not all(map(is_int, dims)):
             raise ValueError(f"scale_dims must be dimensions of x, got {dims!r}")
         object.__setattr__(self, "scale_dims", tuple(dims))  # equal codecs have equal reprs
 
     def groups(self, shape: Sequence[int]) -> list[int]:
         """``[P, R, Q]``: x as that shape has P * Q scales, each for R elements."""
-        _check_sizes(shape)
+        check_sizes(shape)
         dims = sorted({d + len(shape) if d < 0 else d for d in self.scale_dims})
         if dims[0] < 0 or dims[-1] >= len(shape) or len(dims) != len(self.scale_dims):
             raise ValueError(f"scale_dims must be dimensions of x {list(shape)}, got {self.scale_dims}")
@@ -506,13 +521,13 @@ class FixpointCodec(Codec):
 
     def wire_size(self, shape: Sequence[int]) -> int:
         outer, inner, columns = self.groups(shape)
-        codes = _bytes_of_bits(outer * inner * columns * self.bits)
+        codes = bytes_of_bits(outer * inner * columns * self.bits)
         return HEADER_BYTES + aligned(2 * outer * columns) + aligned(codes)
 
     def encode(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        _check_encoded("x", x)
+        check_encoded("x", x)
         groups = self.groups(x.shape)
-        wire = _wire_for(x, self.wire_size(x.shape), out)
+        wire = wire_for(x, self.wire_size(x.shape), out)
         grid = _GRIDS.index(self.grid)
         _library.call(_ops.fixpoint_encode.default, x.detach(), groups, self.bits, grid, wire)
         return wire
@@ -526,125 +541,6 @@ class FixpointCodec(Codec):
         out: Tensor | None = None,
     ) -> Tensor:
         return fixpoint_decode(wire, shape, dtype=dtype, out=out)
-
-
-# ---- checks
-
-
-def _check_sizes(shape: Sequence[int]) -> None:
-    # sizes may be symbols of a compiler, whose values nobody knows
-    known = isinstance(shape, Sequence) and not any(isinstance(n, (bool, float, str)) for n in shape)
-    if not known or any(_is_int(n) and n < 0 for n in shape):
-        raise ValueError(f"shape must be sizes of at least 0, got {shape!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_bits(**bits: object) -> None:
-    for name, value in bits.items():
-        if not _is_int(value) or value not in range(2, 9):
-            raise ValueError(f"{name} must be an integer in [2, 8], got {value!r}")
-
-
-def _check_choice(name: str, value: object, names: Sequence[str]) -> None:
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-
-
-def _bytes_of_bits(bits: int) -> int:
-    return -(-bits // 8)
-
-
-def aligned(num_bytes: int) -> int:
-    """With what fills a wire's last 16 bytes."""
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _check_encoded(name: str, x: Tensor) -> None:
-    check_dtype(name, x, ENCODED)
-    check_device(name, x, torch.device("cpu"), x.device if x.is_cuda else torch.device("cpu"))
-
-
-def _check_message(m: Tensor, shape: Sequence[int], device: torch.device) -> None:
-    check_dtype("m", m, ENCODED)
-    check_shape("m", m, "the shape of x", shape)
-    check_device("m", m, device)
-    if not m.is_contiguous():
-        raise ValueError(f"m must be contiguous, got strides {list(m.stride())}")
-    if m.requires_grad:
-        raise ValueError("m must not require gradients, got requires_grad=True")
-
-
-def _check_no_gradients(x: Tensor, out: Tensor) -> None:
-    if out.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
-        raise ValueError("out must be left out where gradients are wanted, got a tensor")
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
-
-
-def _memory_of(name: str, wire: Tensor, dtype: torch.dtype) -> Tensor:
-    """A wire without a header as elements."""
-    if not wire.is_contiguous() or wire.storage_offset() % dtype.itemsize:
-        raise ValueError(
-            f"{name} must be contiguous and begin at a multiple of {dtype.itemsize} bytes, got strides "
-            f"{list(wire.stride())} from byte {wire.storage_offset()} on"
-        )
-    return wire.view(dtype)
-
-
-def _check_apart(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    """What is written and what is read must not be the same memory."""
-    if torch.compiler.is_compiling() or t.numel() == 0 or other.numel() == 0 or t.device != other.device:
-        return
-    if t.device.type == "meta" or t.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
-        return
-
-    def span(x: Tensor) -> tuple[int, int]:
-        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        begin = int(x.storage_offset()) * x.element_size()
-        return begin, begin + int(last + 1) * x.element_size()
-
-    (begin, end), (other_begin, other_end) = span(t), span(other)
-    if begin < other_end and other_begin < end:
-        raise ValueError(f"{name} must be other memory than {other_name}, got memory of it")
-
-
-def _wire_for(x: Tensor, size: int, out: Tensor | None) -> Tensor:
-    if out is None:
-        return torch.empty(size, dtype=torch.uint8, device=x.device)
-    check_dtype("out", out, (torch.uint8,))
-    check_shape("out", out, "[wire_size]", [size])
-    check_device("out", out, x.device)
-    _check_apart("out", out, "x", x)
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
-    return out
-
-
-def _result_for(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    if dtype not in ENCODED:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    _check_sizes(shape)
-    if out is None:
-        return torch.empty(tuple(shape), dtype=dtype, device=wire.device)
-    check_dtype("out", out, (dtype,))
-    check_shape("out", out, "shape", shape)
-    check_device("out", out, wire.device)
-    _check_no_gradients(wire, out)
-    _check_apart("out", out, "wire", wire)
-    return out
-
-
-def _decode(op: Any, wire: Tensor, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    check_dtype("wire", wire, (torch.uint8,))
-    result = _result_for(wire, shape, dtype, out)
-    _library.call(op.default, wire, result)
-    return result
-
-
-# ---- fakes and gradients
 
 
 @torch.library.register_fake("palmette::hadamard_transform")

@@ -101,6 +101,23 @@ def chunk_rows(vocab: int, dtype: torch.dtype, chunk_bytes: int) -> int:
     return max(1, chunk_bytes // (vocab * state_dtype(dtype).itemsize))
 
 
+class LogitsBuffer:
+    """Memory for a chunk of logits, kept between chunks: fresh pages take longer than the product."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden [t, hidden] @ weight.T, valid until the next call."""
+        rows, vocab = hidden.shape[0], weight.shape[0]
+        memory = self._memory
+        if memory is None or memory.numel() < rows * vocab or memory.dtype != hidden.dtype:
+            memory = self._memory = hidden.new_empty(rows * vocab)
+        if memory.device != hidden.device:
+            memory = self._memory = hidden.new_empty(rows * vocab)
+        return torch.mm(hidden, weight.T, out=memory[: rows * vocab].view(rows, vocab))
+
+
 def widened(x: Tensor) -> Tensor:
     """In the dtype of the computation: 16-bit products lose what a difference of logits needs."""
     return x.to(state_dtype(x.dtype))
@@ -122,10 +139,10 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, lse = (hidden.new_empty(rows, dtype=dtype) for _ in range(2))
         entropies = hidden.new_empty(rows if entropy else 0, dtype=dtype)
         step = chunk_rows(weight.shape[0], hidden.dtype, chunk_bytes)
-        wide = widened(weight)
+        wide, buffer = widened(weight), LogitsBuffer()
         for begin in range(0, rows, step):
             part = slice(begin, begin + step)
-            logits = widened(hidden[part]) @ wide.T
+            logits = buffer.product(widened(hidden[part]), wide)
             found = _library.call(_ops.gather_logprobs.default, logits, targets[part], temperature, entropy)
             logprobs[part], lse[part] = found[:2]
             if entropy:
@@ -144,14 +161,14 @@ class _TokenLogprobs(torch.autograd.Function):
             dentropies = None
         if dlogprobs is None and dentropies is None:
             return (None,) * 6
-        wide = widened(weight)
+        wide, buffer = widened(weight), LogitsBuffer()
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(wide) if wants_weight else None
         for begin in range(0, len(targets), step):
             part = slice(begin, begin + step)
             rows = widened(hidden[part])
-            logits = rows @ wide.T
+            logits = buffer.product(rows, wide)
             _ops.gather_logprobs_backward_(
                 None if dlogprobs is None else dlogprobs[part].contiguous(),
                 None if dentropies is None else dentropies[part].contiguous(),

@@ -4,7 +4,8 @@
 import importlib
 from typing import Any
 
-from .activation_store import ActivationStore, DeltaCodec
+from .activation_store import ActivationStore
+from .delta_codec import DeltaCodec
 from .records import Completion, Step, Verified
 from .search import (
     ThoughtNode,

@@ -27,9 +27,11 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
 from palmette._checks import check_at_least
-from palmette.codecs import ENCODED, Codec, aligned
+from palmette._codec_checks import ENCODED, aligned
+from palmette.codecs import Codec
 
-from .activation_store import ActivationStore, DeltaCodec, DeltaPlan, sample_ids
+from .activation_store import ActivationStore, sample_ids
+from .delta_codec import DeltaCodec, DeltaPlan
 
 TORCH_VERSIONS = ("2.13",)
 _HOOKS = (

@@ -15,9 +15,9 @@ from palmette._checks import check_at_least, check_dtype, check_number, check_sh
 class VadeSampler:
     """Chooses prompts that are neither too easy nor too hard, by Thompson sampling.
 
-    Each prompt's rate of success has a Beta(alpha, beta) belief. A draw p from every belief, and the prompts with
-    the largest p (1 - p), which is the variance of a rollout's reward, are the batch. Successes and failures of a
-    group are counted, and all counts decay toward the prior, because the policy changes.
+    Each prompt's rate of success has a Beta(alpha, beta) belief. A draw p from every belief, and the prompts
+    with the largest p (1 - p), which is the variance of a rollout's reward, are the batch. Successes and
+    failures of a group are counted, and all counts decay toward the prior, because the policy changes.
 
     Args:
         count: prompts.

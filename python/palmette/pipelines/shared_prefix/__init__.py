@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from palmette._checks import INDEX, check_at_least, check_dtype, check_number, check_shape
 from palmette.losses import CHUNK_BYTES
@@ -134,14 +135,18 @@ class SharedPrefixSchedule:
         return loss
 
     @torch.no_grad()
-    def logprobs(self, tree: Tree, token_ids: Tensor, *, microbatch_tokens: int) -> Tensor:
+    def logprobs(
+        self, tree: Tree, token_ids: Tensor, *, microbatch_tokens: int, return_entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities of all tokens below the roots, each given its path.
 
         Args:
             tree, token_ids, microbatch_tokens: as for ``step``.
+            return_entropy: also the entropies of the distributions that the tokens are from, in nats.
 
         Returns:
-            [N], float32 (float64 for a float64 model), depth-first; 0 for tokens of the roots.
+            [N], float32 (float64 for a float64 model), depth-first; 0 for tokens of the roots. With
+            return_entropy also entropies [N].
         """
         forest = self._check(tree, token_ids, microbatch_tokens)
         found: list[tuple[Tensor, Tensor]] = []
@@ -151,11 +156,36 @@ class SharedPrefixSchedule:
             return logprobs.new_zeros(())
 
         step = Step(self.model, self._options, forest, token_ids, keep, 1.0)
+        step.head.entropies = [] if return_entropy else None
         step.run(microbatch_tokens)
-        result = torch.zeros(len(token_ids), dtype=step.head.dtype, device=token_ids.device)
-        for logprobs, tokens in found:
-            result[tokens] = logprobs
-        return result
+
+        def in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+            result = torch.zeros(len(token_ids), dtype=step.head.dtype, device=token_ids.device)
+            for values, tokens in parts:
+                result[tokens] = values
+            return result
+
+        if step.head.entropies is None:
+            return in_order(found)
+        return in_order(found), in_order(step.head.entropies)
+
+    def differentiable_logprobs(self, tree: Tree, token_ids: Tensor, *, microbatch_tokens: int) -> Tensor:
+        """Log-probabilities as ``logprobs`` has them, whose backward pass is a step.
+
+        For losses that are not sums over tokens. It costs a forward pass more than ``step``, because a
+        token's gradient is known only when all log-probabilities are.
+
+        Args:
+            tree, token_ids, microbatch_tokens: as for ``step``.
+
+        Returns:
+            [N]. Its backward adds to the parameters' ``grad``; ``torch.autograd.grad`` finds nothing.
+        """
+        anchor = torch.zeros((), requires_grad=True)
+        found: Tensor = _StepBackward.apply(  # type: ignore[no-untyped-call]
+            anchor, self, tree, token_ids, microbatch_tokens
+        )
+        return found
 
     def _check(self, tree: Tree, token_ids: Tensor, microbatch_tokens: int) -> Forest:
         if not isinstance(tree, Tree):
@@ -180,3 +210,33 @@ class SharedPrefixSchedule:
             dist.all_reduce(p.grad, group=self.group)
         dist.all_reduce(loss, group=self.group)
         return loss
+
+
+class _StepBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        schedule: SharedPrefixSchedule,
+        tree: Tree,
+        token_ids: Tensor,
+        microbatch_tokens: int,
+    ) -> Tensor:
+        ctx.step = (schedule, tree.copy(), token_ids, microbatch_tokens)
+        found = schedule.logprobs(tree, token_ids, microbatch_tokens=microbatch_tokens)
+        assert isinstance(found, Tensor)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        schedule, tree, token_ids, microbatch_tokens = ctx.step
+        with torch.enable_grad():
+            schedule.step(
+                tree,
+                token_ids,
+                lambda logprobs, tokens: (gradient[tokens] * logprobs).sum(),
+                microbatch_tokens=microbatch_tokens,
+                denominator=1.0,
+            )
+        return torch.zeros(()), None, None, None, None

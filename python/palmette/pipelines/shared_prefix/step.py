@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from palmette.losses import LogitsBuffer
 
 from ...integrations.prefix_transformers import PrefixPass, PrefixStack, prefix_attention_of
 from ..saved_tensors import OffloadedTensors
@@ -25,6 +27,7 @@ class Options:
     temperature: float
     aux_loss: float
     chunk_bytes: int
+    buffer: LogitsBuffer = field(default_factory=LogitsBuffer)
 
 
 @dataclass
@@ -101,6 +104,7 @@ class Step:
             float(denominator),
             options.temperature,
             options.chunk_bytes,
+            options.buffer,
             self.tables if self.grad else None,
         )
         self.router = Router(options.aux_loss if self.grad else 0.0, self.decoder, config)

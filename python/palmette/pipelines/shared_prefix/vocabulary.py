@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from palmette._attend import state_dtype
-from palmette.losses import chunk_rows, widened
+from palmette.losses import LogitsBuffer, chunk_rows, widened
 
 _ops = torch.ops.palmette
 
@@ -100,11 +100,13 @@ class Head:
         denominator: of the loss.
         temperature: of the logits.
         chunk_bytes: of logits that may be alive.
+        buffer: for them.
         gradients: where a plain table's go; None: there is no backward pass.
 
     Attributes:
         loss: so far.
         dtype: of log-probabilities.
+        entropies: if they are wanted, a list to which (entropies [t], tokens [t]) are appended.
 
     Raises:
         ValueError: the model scales its logits.
@@ -118,13 +120,14 @@ class Head:
         denominator: float,
         temperature: float,
         chunk_bytes: int,
+        buffer: LogitsBuffer,
         gradients: TableGradients | None,
     ) -> None:
         for name in ("logit_scale", "logits_scaling"):
             if getattr(config, name, None) not in (None, 1, 1.0):
                 raise ValueError(f"{name} of the model must be 1, got {getattr(config, name)}")
         self.module, self.loss_fn, self.gradients = module, loss_fn, gradients
-        self.denominator, self.temperature = denominator, temperature
+        self.denominator, self.temperature, self.buffer = denominator, temperature, buffer
         self.softcap = getattr(config, "final_logit_softcapping", None)
         first = next(module.parameters())
         self.dtype = state_dtype(first.dtype)
@@ -132,6 +135,7 @@ class Head:
         self.wide = widened(module.weight.detach()) if is_plain else None
         self.rows = chunk_rows(config.vocab_size, first.dtype, chunk_bytes)
         self.loss = torch.zeros((), dtype=torch.float64, device=first.device)
+        self.entropies: list[tuple[Tensor, Tensor]] | None = None
 
     def losses(self, hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
         """Adds the tokens' losses; returns the gradients of hidden [t, hidden], which predicts targets
@@ -164,8 +168,11 @@ class Head:
     @torch.no_grad()
     def _by_weight(self, hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor | None:
         assert self.wide is not None
-        logits = hidden @ self.wide.T
-        logprobs, lse, _ = _ops.gather_logprobs(logits, targets, self.temperature, False)
+        logits = self.buffer.product(hidden, self.wide)
+        wanted = self.entropies is not None
+        logprobs, lse, entropies = _ops.gather_logprobs(logits, targets, self.temperature, wanted)
+        if self.entropies is not None:
+            self.entropies.append((entropies, tokens))
         gradient = self._gradient(logprobs, tokens)
         if gradient is None or self.gradients is None:
             return None
@@ -186,6 +193,8 @@ class Head:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             logprobs = torch.log_softmax(logits / self.temperature, -1)
             chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+        if self.entropies is not None:
+            self.entropies.append((torch.special.entr(logprobs.detach().exp()).sum(-1), tokens))
         gradient = self._gradient(chosen, tokens)
         if gradient is None:
             return None

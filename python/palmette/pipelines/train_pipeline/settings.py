@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 from ...codecs import CastCodec, Codec, FixpointCodec, TahCodec
-from ..activation_store import ActivationStore, DeltaCodec
+from ..activation_store import ActivationStore
+from ..delta_codec import DeltaCodec
 
 
 @dataclass(frozen=True)

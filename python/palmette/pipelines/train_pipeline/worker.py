@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import ScheduleGPipe
 
-from ..activation_store import ActivationStore, DeltaCodec
+from ..activation_store import ActivationStore
+from ..delta_codec import DeltaCodec
 from ..long_runs import write_atomically
 from ..pipeline_parallel import Edge, QuantPipelineStage
 from .link import TokenBucket

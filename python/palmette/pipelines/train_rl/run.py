@@ -96,23 +96,24 @@ class Policy:
         advantages = rollouts.of_tokens(group_advantages(rollouts.rewards))
         stale = rollouts.version != self.version
         options: dict[str, Any] = {"clip": settings.clip, "reduction": "sum"}
-        old = None
+        old: Tensor | None = None
         if stale:
-            old = self.schedule.logprobs(
+            found = self.schedule.logprobs(
                 rollouts.tree, rollouts.token_ids, microbatch_tokens=settings.microbatch_tokens
             )
+            assert isinstance(found, Tensor)
+            old = found
             options["correction"] = "clamp"
         answers = rollouts.of_tokens(torch.ones(rollouts.rewards.shape)) > 0
 
         def loss(logprobs: Tensor, tokens: Tensor) -> Tensor:
             mine = answers[tokens]
             tokens, logprobs = tokens[mine], logprobs[mine]
-            behaviour = {} if old is None else {"behavior_logprobs": rollouts.logprobs[tokens]}
             return policy_loss(
                 logprobs,
                 advantages[tokens],
                 old_logprobs=None if old is None else old[tokens],
-                **behaviour,
+                behavior_logprobs=None if old is None else rollouts.logprobs[tokens],
                 **options,
             )
 
@@ -120,7 +121,7 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        found = self.schedule.step(
+        value = self.schedule.step(
             rollouts.tree,
             rollouts.token_ids,
             loss,
@@ -130,7 +131,7 @@ class Policy:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.version += 1
-        return float(found)
+        return float(value)
 
 
 class Run:
@@ -220,7 +221,9 @@ class Run:
                         self._evaluate()
                     if version % settings.save_every == 0 or version == settings.updates:
                         self._save()
-                    note = f"reward {self.history.rewards[-1]:.2f}, held out {self.history.accuracy[-1][1]:.2f}"
+                    note = (
+                        f"reward {self.history.rewards[-1]:.2f}, held out {self.history.accuracy[-1][1]:.2f}"
+                    )
                     tick(1, note)
             finally:
                 source.close()
@@ -301,8 +304,8 @@ class _Synchronous:
 class _Concurrent:
     """Rollouts by a copy of the policy in a thread of its own, up to ``eta`` updates behind.
 
-    The thread takes over new weights between batches. Which version draws a batch depends on how fast both are, so
-    runs differ in their last bits from each other.
+    The thread takes over new weights between batches. Which version draws a batch depends on how fast both
+    are, so runs differ in their last bits from each other.
     """
 
     def __init__(self, run: Run) -> None:

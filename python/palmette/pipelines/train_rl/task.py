@@ -55,7 +55,9 @@ class Task:
         self.tokenizer = tokenizer
         everything = [Problem(a, b) for a in range(10, 100) for b in range(10, 100)]
         if pool + held_out > len(everything):
-            raise ValueError(f"pool and held_out must be at most {len(everything)}, got {pool} and {held_out}")
+            raise ValueError(
+                f"pool and held_out must be at most {len(everything)} together, got {pool} and {held_out}"
+            )
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed)).tolist()
         self.held_out = [everything[i] for i in order[:held_out]]
         self.train = [everything[i] for i in order[held_out : held_out + pool]]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m palmette train-rl``: GRPO on SmolLM2 with a reward that is computed here, 2-digit addition.
+
+Rollouts of a problem share its question, and all problems share their instructions: a tree of tokens, which
+``TreeDecoder`` decodes and ``SharedPrefixSchedule`` trains, each token once.
+
+Source: GRPO (arXiv 2402.03300); AReaL (arXiv 2505.24298) for rollouts that are older than the policy; VADE
+for the choice of problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ...integrations._extras import require
+from ..long_runs import Budget, bar, run_command
+from ..shared_prefix import MODES
+from . import report
+from .run import Run
+from .settings import DEFAULT, QUICK
+
+PURPOSE = "palmette train-rl"
+SAMPLERS = ("uniform", "vade")
+NUMBERS = ("layers", "updates", "prompts", "group", "held_out", "microbatch_tokens")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m palmette train-rl",
+        description="Teach SmolLM2 to add, by GRPO: rollouts and updates on trees of shared tokens.",
+    )
+    parser.add_argument("--quick", action="store_true", help="few layers and updates: to see that all works")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("train-rl-out"),
+        help="where checkpoints and results go; a run that is there goes on (default: %(default)s)",
+    )
+    parser.add_argument("--model", help="directory of a Llama's checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--layers", type=int, help="use only the first and last so many layers together")
+    parser.add_argument("--updates", type=int, help=f"of the policy (default: {DEFAULT.updates})")
+    parser.add_argument("--prompts", type=int, help=f"problems of an update (default: {DEFAULT.prompts})")
+    parser.add_argument("--group", type=int, help=f"rollouts of a problem (default: {DEFAULT.group})")
+    parser.add_argument("--held-out", type=int, help=f"problems to evaluate (default: {DEFAULT.held_out})")
+    parser.add_argument("--learning-rate", type=float, help=f"default: {DEFAULT.learning_rate}")
+    parser.add_argument("--microbatch-tokens", type=int, help=f"default: {DEFAULT.microbatch_tokens}")
+    parser.add_argument("--mode", choices=MODES, help=f"of the schedule (default: {DEFAULT.mode})")
+    parser.add_argument(
+        "--eta",
+        type=int,
+        help="updates that a rollout may be behind its policy; above 0, rollouts run beside updates "
+        f"(default: {DEFAULT.eta})",
+    )
+    parser.add_argument("--sampler", choices=SAMPLERS, help=f"of problems (default: {DEFAULT.sampler})")
+    parser.add_argument("--seed", type=int, help=f"of problems and draws (default: {DEFAULT.seed})")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: what PyTorch takes)")
+    parser.add_argument(
+        "--stop-after", type=int, metavar="UPDATES", help="stop after so many more; the next call goes on"
+    )
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does what is left and writes the results; returns the exit status.
+
+    Raises:
+        ValueError: an option is out of range, or the directory is another run's.
+        MissingExtraError: a package is not installed.
+        StoppedError: ``--stop-after`` was reached.
+    """
+    for package in ("matplotlib", "tqdm", "transformers"):
+        require(package, PURPOSE, install="'palmette[demo]'")
+    names = [field.name for field in dataclasses.fields(DEFAULT)]
+    changes = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    for name in NUMBERS:
+        if changes.get(name, 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {changes[name]}")
+    for name in ("eta", "seed"):
+        if changes.get(name, 0) < 0:
+            raise ValueError(f"--{name} must be at least 0, got {changes[name]}")
+    if not changes.get("learning_rate", 1.0) > 0:
+        raise ValueError(f"--learning-rate must be positive, got {changes['learning_rate']}")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be positive, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    settings = dataclasses.replace(QUICK if options.quick else DEFAULT, **changes)
+    torch.manual_seed(settings.seed)  # every draw has a generator of its own; this is for what is overlooked
+    this = Run(settings, options.model, options.out, bar, Budget(options.stop_after))
+    history = this.all_phases()
+    print(f"results in {options.out}", file=sys.stderr)
+    print(report.write(settings, history, options.out))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m palmette train-rl``; returns the exit status."""
+    return run_command("train-rl", parse_arguments, run, arguments)
