@@ -521,6 +521,47 @@ def test_logprobs(scalar_backend, name, budget):
     assert not got.requires_grad
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_entropies(scalar_backend, biased):
+    tree, ids = tree_of("nested")
+    model = model_of("llama")
+    if biased:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB, dtype=torch.float64))
+    schedule = SharedPrefixSchedule(model, temperature=0.8)
+    logprobs, got = schedule.logprobs(tree, ids, microbatch_tokens=12, return_entropy=True)
+    assert torch.equal(logprobs, schedule.logprobs(tree, ids, microbatch_tokens=12))
+    want = torch.zeros(len(ids), dtype=torch.float64)
+    for path in paths_of(tree):
+        logits = model(input_ids=ids[path][None], use_cache=False).logits[0, :-1] / 0.8
+        want[path[1:]] = torch.distributions.Categorical(logits=logits).entropy().detach()
+    want[: tree.length(0)] = 0.0
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_that_are_no_sums_over_tokens(scalar_backend, mode):
+    """Through differentiable log-probabilities."""
+    tree, ids = tree_of("nested")
+    model = model_of("tied")
+    tokens = torch.arange(tree.length(0), len(ids))
+
+    def loss_of_all(logprobs: Tensor) -> Tensor:
+        return torch.exp(0.1 * logprobs[tokens].sum()) + logprobs[tokens].square().mean().sqrt()
+
+    schedule = SharedPrefixSchedule(model, mode)
+    found = schedule.differentiable_logprobs(tree, ids, microbatch_tokens=12)
+    loss_of_all(found).backward()
+    got = gradients(model)
+    model.zero_grad()
+    everything = torch.zeros(len(ids), dtype=torch.float64)
+    for path in paths_of(tree):
+        everything = everything.index_copy(0, path[1:], dense_logprobs(model, path, ids, 1.0))
+    loss_of_all(everything).backward()
+    assert relative_error(got, gradients(model)) < 1e-9
+    with torch.no_grad():
+        assert not schedule.differentiable_logprobs(tree, ids, microbatch_tokens=12).requires_grad
+
+
 def test_each_token_is_computed_once(scalar_backend):
     tree, ids = tree_of("nested")
     model = model_of("llama")

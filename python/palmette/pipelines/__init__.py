@@ -7,6 +7,7 @@ from typing import Any
 from .activation_store import ActivationStore
 from .delta_codec import DeltaCodec
 from .records import Completion, Step, Verified
+from .rl import StalenessGate, VadeSampler
 from .search import (
     ThoughtNode,
     Thoughts,
@@ -28,12 +29,14 @@ __all__ = [
     "PipelineError",
     "QuantPipelineStage",
     "SharedPrefixSchedule",
+    "StalenessGate",
     "Step",
     "ThoughtNode",
     "Thoughts",
     "TokenRecycling",
     "TokenTree",
     "TreeDecoder",
+    "VadeSampler",
     "Verified",
     "beam_search",
     "best_of_n",

@@ -77,7 +77,11 @@ class Forest:
                 waiting += reversed(self._below(places[0], budget))
 
     def _below(self, parent: int, budget: int) -> list[Action]:
-        small = [c for c in self.children[parent] if self.size[c] <= budget or not self.children[c]]
+        small: list[int] = []
+        large: list[int] = []
+        for child in self.children[parent]:
+            fits = self.size[child] <= budget or not self.children[child]
+            (small if fits else large).append(child)
         actions: list[Action] = []
         batch: list[int] = []
         tokens = 0
@@ -89,7 +93,7 @@ class Forest:
             tokens += self.size[child]
         if batch:
             actions.append(("visit", batch, parent))
-        return actions + [("push", [c], parent) for c in self.children[parent] if c not in set(small)]
+        return actions + [("push", [child], parent) for child in large]
 
     def path_length(self, place: int) -> int:
         """Tokens from the root down to the node's last."""
