@@ -24,7 +24,7 @@ from palmette.pipelines.train_rl.task import Problem, Task
 from tiny_models import tiny_llama
 
 runs = sys.modules["palmette.pipelines.train_rl.run"]  # the package's own `run` is a function
-ALPHABET = "\n0123456789+=ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz ,."
+ALPHABET = "\n0123456789+:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz ,."
 
 
 class Characters:
@@ -283,4 +283,4 @@ def test_a_directory_of_another_run(tmp_path, capsys):
 
 def test_settings():
     assert QUICK.updates < DEFAULT.updates
-    assert DEFAULT.max_tokens == 4  # three digits and a new line
+    assert DEFAULT.max_tokens == 5  # a space, three digits and a new line

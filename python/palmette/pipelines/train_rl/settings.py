@@ -36,7 +36,7 @@ class Settings:
     held_out: int = 200
     evaluate_every: int = 10
     save_every: int = 10
-    max_tokens: int = 4
+    max_tokens: int = 5
     learning_rate: float = 3e-6
     warmup: int = 5
     clip: float = 0.2

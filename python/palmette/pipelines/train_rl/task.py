@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 
-INSTRUCTIONS = """Add the two numbers. Write the sum in digits, then a new line, and nothing else.
+# SmolLM2-135M-Instruct solves 38% of 100 problems behind these (greedy), 16% of its samples at temperature 1;
+# with "12+35=47" it is 11%, with "Q: What is 12 + 35?" 6%.
+INSTRUCTIONS = """Answer each question with a number.
 
-12+35=47
-48+27=75
-66+58=124
+Question: 12 + 35
+Answer: 47
+Question: 48 + 27
+Answer: 75
+Question: 66 + 58
+Answer: 124
 """
 
 
@@ -26,7 +31,7 @@ class Problem:
 
     @property
     def question(self) -> str:
-        return f"{self.a}+{self.b}="
+        return f"Question: {self.a} + {self.b}\nAnswer:"
 
     def reward(self, answer: str) -> float:
         """1 for the right sum on the first line, else 0."""
