@@ -74,7 +74,7 @@ def test_public_names_survive_any_order_of_imports():
 def test_unknown_command(capsys):
     assert __main__.main(["dance"]) == 2
     assert (
-        "command must be one of demo, train-sparse, train-pipeline, env, got 'dance'"
+        "command must be one of demo, train-sparse, train-pipeline, train-rl, env, got 'dance'"
         in capsys.readouterr().err
     )
 

@@ -48,6 +48,22 @@ WANTED = {
     "store_codes": {"index"},
     "fixpoint": {"index", "mask", "scale"},
     "hadamard": {"index", "barrier", "scale"},
+    "tah_entropy (CPU)": {"mask", "scale"},
+    "tah_encode (CPU)": {"index", "mask", "scale"},
+    "tah_decode (CPU)": {"index", "mask"},
+    "fixpoint_scales (CPU)": {"index", "mask", "scale"},
+    "fixpoint_encode (CPU)": {"index", "scale"},
+    "delta_encode_ (CPU)": {"mask"},
+    "delta_decode_ (CPU)": {"scale"},
+    "hadamard_transform (CPU)": {"index", "scale"},
+    "crc32c (CPU)": {"index"},
+    "wire (CPU)": {"mask"},
+    "attend_backward_accumulate_": {"scale"},
+    "attend_backward_accumulate_ (CPU)": {"scale"},
+    "gather_logprobs": {"index", "mask", "barrier", "scale"},
+    "gather_logprobs_backward": {"mask", "scale"},
+    "gather_logprobs (CPU)": {"mask", "scale"},
+    "gather_logprobs_backward (CPU)": {"scale"},
 }
 
 
