@@ -103,6 +103,32 @@ def bar(title: str, total: int, done: int) -> Iterator[Callable[[int, str], None
         yield tick
 
 
+def run_parser(name: str, description: str, *, quick: str, unit: str) -> argparse.ArgumentParser:
+    """A parser of the options that all of them have.
+
+    Args:
+        name: of the command.
+        description: of what it does.
+        quick: what ``--quick`` does.
+        unit: what ``--stop-after`` counts, for instance ``"steps"``.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m palmette {name}", description=description)
+    parser.add_argument("--quick", action="store_true", help=f"{quick}: to see that all works")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(f"{name}-out"),
+        help="where checkpoints and results go; a run that is there goes on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stop-after",
+        type=int,
+        metavar=unit.upper(),
+        help=f"stop after so many more {unit}; the next call goes on",
+    )
+    return parser
+
+
 def run_command(
     name: str,
     parse: Callable[[Sequence[str] | None], argparse.Namespace],

@@ -15,10 +15,9 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ...integrations._extras import require
-from ..long_runs import Budget, bar, run_command
+from ..long_runs import Budget, bar, run_command, run_parser
 from . import report
 from .link import slow_link
 from .run import Run
@@ -29,16 +28,11 @@ PURPOSE = "palmette train-pipeline"
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m palmette train-pipeline",
-        description="Fine-tune SmolLM2 in two stages over a slow link, with and without codecs.",
-    )
-    parser.add_argument("--quick", action="store_true", help="two layers, few steps: to see that all works")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("train-pipeline-out"),
-        help="where checkpoints and results go; a run that is there goes on (default: %(default)s)",
+    parser = run_parser(
+        "train-pipeline",
+        "Fine-tune SmolLM2 in two stages over a slow link, with and without codecs.",
+        quick="two layers, few steps",
+        unit="steps",
     )
     parser.add_argument(
         "--methods",
@@ -57,9 +51,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--timeout", type=float, default=900.0, help="seconds that a stage waits for the other"
-    )
-    parser.add_argument(
-        "--stop-after", type=int, metavar="STEPS", help="stop after so many more steps; the next call goes on"
     )
     return parser.parse_args(arguments)
 

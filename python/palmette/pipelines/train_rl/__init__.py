@@ -14,12 +14,11 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ...integrations._extras import require
-from ..long_runs import Budget, bar, run_command
+from ..long_runs import Budget, bar, run_command, run_parser
 from ..shared_prefix import MODES
 from . import report
 from .run import Run
@@ -32,16 +31,11 @@ NUMBERS = ("layers", "updates", "prompts", "group", "held_out", "microbatch_toke
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m palmette train-rl",
-        description="Teach SmolLM2 to add, by GRPO: rollouts and updates on trees of shared tokens.",
-    )
-    parser.add_argument("--quick", action="store_true", help="few layers and updates: to see that all works")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("train-rl-out"),
-        help="where checkpoints and results go; a run that is there goes on (default: %(default)s)",
+    parser = run_parser(
+        "train-rl",
+        "Teach SmolLM2 to add, by GRPO: rollouts and updates on trees of shared tokens.",
+        quick="few layers and updates",
+        unit="updates",
     )
     parser.add_argument("--model", help="directory of a Llama's checkpoint (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--layers", type=int, help="use only the first and last so many layers together")
@@ -61,9 +55,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler", choices=SAMPLERS, help=f"of problems (default: {DEFAULT.sampler})")
     parser.add_argument("--seed", type=int, help=f"of problems and draws (default: {DEFAULT.seed})")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what PyTorch takes)")
-    parser.add_argument(
-        "--stop-after", type=int, metavar="UPDATES", help="stop after so many more; the next call goes on"
-    )
     return parser.parse_args(arguments)
 
 

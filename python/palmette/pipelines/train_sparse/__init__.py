@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ...integrations._extras import require
-from ..long_runs import Budget, bar, run_command
+from ..long_runs import Budget, bar, run_command, run_parser
 from . import report
 from .run import Run
 from .settings import DEFAULT, QUICK, RECALL_KINDS, TEXT_KINDS
@@ -25,19 +24,12 @@ from .text import DisagreementError
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m palmette train-sparse",
-        description="Train a byte-level language model with native sparse attention beside the same model "
-        "with dense attention, test recall over long sequences, and generate with the sparse cache.",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="small models, a minute or two: to see that all works"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("train-sparse-out"),
-        help="where checkpoints and results go; a run that is there goes on (default: %(default)s)",
+    parser = run_parser(
+        "train-sparse",
+        "Train a byte-level language model with native sparse attention beside the same model with dense "
+        "attention, test recall over long sequences, and generate with the sparse cache.",
+        quick="small models, a minute or two",
+        unit="steps",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: what PyTorch takes)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
@@ -46,9 +38,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--recall-steps", type=int, help=f"steps on recall, per model (default: {DEFAULT.recall.steps})"
-    )
-    parser.add_argument(
-        "--stop-after", type=int, metavar="STEPS", help="stop after so many more steps; the next call goes on"
     )
     return parser.parse_args(arguments)
 
