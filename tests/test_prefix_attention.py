@@ -110,7 +110,8 @@ def check(case: Case, **options) -> None:
     weights = weights.to(case.q.dtype).double()
     grads = [gradients(f, case, weights, lse_weights) for f in (ours, wanted, plain)]
     for name, *three in zip(Case._fields, *grads, strict=False):
-        testing.assert_accurate(*three, factor=3, atol=1e-6, name=f"d{name}")
+        # where a row sees one key, its gradient is a difference of numbers near 4: 1.0e-6 has been seen
+        testing.assert_accurate(*three, factor=3, atol=3e-6, name=f"d{name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
