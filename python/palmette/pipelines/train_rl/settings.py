@@ -37,7 +37,7 @@ class Settings:
     evaluate_every: int = 10
     save_every: int = 10
     max_tokens: int = 5
-    learning_rate: float = 3e-6
+    learning_rate: float = 5e-6
     warmup: int = 5
     clip: float = 0.2
     kl: float = 0.0
