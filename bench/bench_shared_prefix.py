@@ -232,9 +232,9 @@ class Update:
 
 def load_cut_model() -> tuple[Any, str]:
     """The first and last layers of SmolLM2; without the package, random weights."""
-    try:
-        from palmette.pipelines.models import load_model
+    from palmette.pipelines.models import cut_layers, load_model
 
+    try:
         model, _ = load_model()
         weights = "SmolLM2-135M-Instruct"
     except (ImportError, OSError):
@@ -252,14 +252,7 @@ def load_cut_model() -> tuple[Any, str]:
             tie_word_embeddings=True,
         )
         model, weights = LlamaForCausalLM(config), "random"
-    half = LAYERS // 2
-    if len(model.model.layers) > LAYERS:
-        model.model.layers = torch.nn.ModuleList([*model.model.layers[:half], *model.model.layers[-half:]])
-        for i, layer in enumerate(model.model.layers):
-            layer.self_attn.layer_idx = i
-        model.config.num_hidden_layers = LAYERS
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = model.config.layer_types[:LAYERS]
+    model = cut_layers(model, LAYERS)
     model.set_attn_implementation("sdpa")
     return model.train().float(), weights
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,19 @@ def _status(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise OSError(f"{_STATUS} has no {field}")
+
+
+def peak_growth(call: Callable[[], object]) -> int:
+    """How far the resident set's peak rises above what it was before, during a call whose result is kept."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    kept = call()
+    growth = max(0, _status("VmHWM") - before)
+    del kept
+    return growth
 
 
 def extra_bytes(case: Case) -> int:
@@ -56,13 +70,7 @@ def extra_bytes(case: Case) -> int:
         for _ in range(3):
             palmette.tree_attention(*inputs[:3], plan, out=out)
         inputs, plan, out = call(case)
-        gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        palmette.tree_attention(*inputs[:3], plan, out=out)
-    return max(0, _status("VmHWM") - before)
+        return peak_growth(lambda: palmette.tree_attention(*inputs[:3], plan, out=out))
 
 
 def main() -> None:

@@ -10,8 +10,6 @@ before.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
@@ -25,9 +23,9 @@ from palmette.pipelines.long_runs import write_atomically
 
 from bench.bench_shared_prefix import Case, Update, load_cut_model
 from bench.machine import describe, headline
+from bench.memory import peak_growth
 from bench.pages import table
 
-STATUS = Path("/proc/self/status")
 CASE = Case(640, 128, 16)
 CONTENDERS: dict[str, Callable[[Update], Callable[[], torch.Tensor]]] = {
     "dense batch": lambda update: update.dense(CASE.rollouts),
@@ -41,13 +39,6 @@ CONTENDERS: dict[str, Callable[[Update], Callable[[], torch.Tensor]]] = {
         for mode in ("retain", "offload", "recompute")
     },
 }
-
-
-def _status(field: str) -> int:
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{STATUS} has no {field}")
 
 
 def _alive(run: Callable[[], object]) -> int:
@@ -78,13 +69,7 @@ def measure(name: str) -> dict[str, float]:
         run()
         times.append(time.perf_counter() - begin)
     alive = _alive(run)
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    run()
-    return {"seconds": statistics.median(times), "alive": alive, "resident": _status("VmHWM") - before}
+    return {"seconds": statistics.median(times), "alive": alive, "resident": peak_growth(run)}
 
 
 def main() -> int:

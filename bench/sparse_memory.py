@@ -7,28 +7,26 @@ a call beyond what it returns (the plan is part of that).
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import torch
 
-from bench.memory import _status
+from bench.memory import peak_growth
 from bench.sparse_cases import BLOCK, COMPRESSION, SELECTION, SparseCase, make_inputs, make_selection
 
 
 def _growth(call: Callable[[], tuple[torch.Tensor, ...]]) -> int:
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    results = call()
-    return max(0, _status("VmHWM") - before - sum(result.nbytes for result in results))
+    """Beyond the results."""
+    results: tuple[torch.Tensor, ...] = ()
+
+    def run() -> None:
+        nonlocal results
+        results = call()
+
+    return max(0, peak_growth(run) - sum(result.nbytes for result in results))
 
 
 def measure(case: SparseCase) -> dict[str, int]:

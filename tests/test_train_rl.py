@@ -17,8 +17,9 @@ pytest.importorskip("matplotlib")
 
 from palmette.pipelines import train_rl
 from palmette.pipelines.long_runs import INTERRUPTED
+from palmette.pipelines.models import cut_layers
 from palmette.pipelines.train_rl.rollouts import roll_out
-from palmette.pipelines.train_rl.run import History, Policy, cut_layers, load_history
+from palmette.pipelines.train_rl.run import History, Policy, load_history
 from palmette.pipelines.train_rl.settings import DEFAULT, QUICK, Settings
 from palmette.pipelines.train_rl.task import Problem, Task
 from tiny_models import tiny_llama

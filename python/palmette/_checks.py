@@ -22,6 +22,11 @@ def check_at_least(least: int, **sizes: object) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
 
 
+def check_choice(name: str, value: object, names: Sequence[str]) -> None:
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+
+
 def check_dtype(name: str, tensor: torch.Tensor, wanted: Sequence[torch.dtype]) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")

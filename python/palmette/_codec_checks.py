@@ -33,11 +33,6 @@ def check_bits(**bits: object) -> None:
             raise ValueError(f"{name} must be an integer in [2, 8], got {value!r}")
 
 
-def check_choice(name: str, value: object, names: Sequence[str]) -> None:
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-
-
 def bytes_of_bits(bits: int) -> int:
     return -(-bits // 8)
 

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from palmette import _library
-from palmette._checks import check_device, check_dtype, check_number, check_shape
+from palmette._checks import check_choice, check_device, check_dtype, check_number, check_shape
 from palmette._codec_checks import (
     ENCODED,
     aligned,
     bytes_of_bits,
     check_apart,
     check_bits,
-    check_choice,
     check_encoded,
     check_message,
     check_no_gradients,

@@ -19,6 +19,7 @@ from palmette._attend import state_dtype
 from palmette._checks import (
     FLOATING,
     INDEX,
+    check_choice,
     check_device,
     check_dim,
     check_dtype,
@@ -111,9 +112,8 @@ class LogitsBuffer:
         """hidden [t, hidden] @ weight.T, valid until the next call."""
         rows, vocab = hidden.shape[0], weight.shape[0]
         memory = self._memory
-        if memory is None or memory.numel() < rows * vocab or memory.dtype != hidden.dtype:
-            memory = self._memory = hidden.new_empty(rows * vocab)
-        if memory.device != hidden.device:
+        like = (hidden.dtype, hidden.device)
+        if memory is None or memory.numel() < rows * vocab or (memory.dtype, memory.device) != like:
             memory = self._memory = hidden.new_empty(rows * vocab)
         return torch.mm(hidden, weight.T, out=memory[: rows * vocab].view(rows, vocab))
 
@@ -267,10 +267,10 @@ def policy_loss(
         check_number("dual_clip", dual_clip, 1, math.inf)
     check_number("kl", kl, 0, math.inf)
     check_number("correction_cap", correction_cap, 1e-12, math.inf)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("correction_level", correction_level, LEVELS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("correction_level", correction_level, LEVELS)
     if correction is not None:
-        _check_choice("correction", correction, CORRECTIONS)
+        check_choice("correction", correction, CORRECTIONS)
         if behavior_logprobs is None:
             raise ValueError("behavior_logprobs must be given where correction is, got None")
     if kl != 0 and ref_logprobs is None:
@@ -338,11 +338,6 @@ def group_advantages(rewards: Tensor, *, normalize: bool = True, eps: float = 1e
     if rewards.shape[-1] < 2 or not normalize:
         return centred
     return centred / (rewards.std(-1, keepdim=True) + eps)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _sequences(cu_seqlens: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

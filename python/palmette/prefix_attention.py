@@ -86,7 +86,7 @@ def plan_prefix_attention(
     keys = 0 if window is None or window >= 2**31 else window
     if isinstance(suffixes, Tree):
         plan = plan_tree_attention(suffixes, "tokens", **heads, target=target)
-        own = plan_tensors([t.clone() for t in plan.tensors])
+        own = plan_tensors(plan.tensors)
         rows = suffixes.num_tokens
     else:
         ends = check_indptr("cu_seqlens", suffixes, suffixes.device)

@@ -72,19 +72,17 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             policy, self.shared_prefix_mode, temperature=float(self.temperature), aux_loss=0.0
         )
         tree, token_ids, places = share_prompts(input_ids, attention_mask, logits_to_keep)
-        options = {"microbatch_tokens": self.shared_prefix_tokens}
-        entropies = None
-        if compute_entropy or not torch.is_grad_enabled():
-            found = schedule.logprobs(tree, token_ids, return_entropy=True, **options)  # type: ignore[arg-type]
-            logprobs, entropies = found
-        if torch.is_grad_enabled():
-            logprobs = schedule.differentiable_logprobs(tree, token_ids, **options)
-        kept = places >= 0
-        zero = logprobs.new_zeros(())
-        logps = torch.where(kept, logprobs[places.clamp(min=0)], zero)
-        if not compute_entropy or entropies is None:
-            return logps, None, None
-        return logps, torch.where(kept, entropies[places.clamp(min=0)], zero), None
+        run = schedule.differentiable_logprobs if torch.is_grad_enabled() else schedule.logprobs
+        found = run(
+            tree, token_ids, microbatch_tokens=self.shared_prefix_tokens, return_entropy=compute_entropy
+        )
+
+        def of_rows(values: Tensor) -> Tensor:
+            return torch.where(places >= 0, values[places.clamp(min=0)], values.new_zeros(()))
+
+        if isinstance(found, Tensor):
+            return of_rows(found), None, None
+        return of_rows(found[0]), of_rows(found[1]), None
 
 
 def share_prompts(

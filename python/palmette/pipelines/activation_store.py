@@ -35,6 +35,8 @@ from torch import Tensor
 from palmette._checks import check_at_least, check_dtype
 from palmette._codec_checks import ENCODED
 
+from .long_runs import write_atomically
+
 _SCRATCH = b"PLMTROWS"  # begins the mapped file, so that no other file is taken for one
 _SNAPSHOT = b"PLMTSTO1"
 _ROUND = b"PLMS"
@@ -301,18 +303,15 @@ class ActivationStore:
         header = json.dumps(options).encode()
         table = self.table().numpy().astype("<i8").tobytes()
         head = struct.pack("<8sQQ", _SNAPSHOT, len(header), len(self._entries)) + header + table
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
+
+        def write(temporary: Path) -> None:
             with temporary.open("wb") as file:
                 file.write(head)
                 file.write(struct.pack("<I", zlib.crc32(head)))
                 for entry in self._entries.values():
                     file.write(self._bytes(entry))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        write_atomically(path, write)
 
     @classmethod
     def load(

@@ -231,3 +231,24 @@ def load_model(
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     return model.eval(), tokenizer
+
+
+def cut_layers(model: Any, layers: int | None) -> Any:
+    """The model with only its first and last layers, ``layers`` of them together.
+
+    Raises:
+        ValueError: layers is odd, or more than there are.
+    """
+    everything = list(model.model.layers)
+    if layers is None or layers == len(everything):
+        return model
+    if layers % 2 or not 2 <= layers <= len(everything):
+        raise ValueError(f"layers must be even and in [2, {len(everything)}], got {layers}")
+    half = layers // 2
+    model.model.layers = torch.nn.ModuleList([*everything[:half], *everything[-half:]])
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = i
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
+    return model

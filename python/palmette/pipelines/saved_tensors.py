@@ -29,15 +29,12 @@ class OffloadedTensors:
 
     Args:
         keeps: is a storage one that lives on anyway (a parameter, a cache)? Its tensors stay.
-
-    Attributes:
-        bytes: how many have left.
     """
 
     def __init__(self, keeps: Callable[[int], bool]) -> None:
         self._keeps = keeps
-        self.bytes = 0
         self._file: Any = None
+        self._end = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def __enter__(self) -> OffloadedTensors:
@@ -56,13 +53,11 @@ class OffloadedTensors:
         size = tensor.numel() * tensor.element_size()
         if size < LEAST_BYTES or self._keeps(tensor.untyped_storage().data_ptr()):
             return tensor
-        self.bytes += size
         if tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return tensor.device, host.copy_(tensor)
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="palmette-")  # noqa: SIM115  closed with the graph
-            self._end = 0
         content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
         place = _Place(self._end, tensor.shape, tensor.dtype)
         done = 0

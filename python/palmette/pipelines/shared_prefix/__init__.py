@@ -4,9 +4,8 @@
 The loss is a sum over tokens, so the gradient of a prefix is the sum of what the tokens after it send back.
 The schedule walks the tree depth first. A node with something below it is
 
-    A  pushed:   forward once; its keys and values go to a stack, detached, and its hidden states become
-    leaves B  (visited) what lies below runs forward and backward in microbatches; gradients to the stack's
-    keys and
+    A  pushed:   forward once; its keys and values go to a stack, detached
+    B  visited:  what lies below runs forward and backward in microbatches; gradients to the stack's keys and
                  values, and to the hidden state that predicts a child's first token, add up
     C  popped:   one backward from its keys, values and hidden states, with the sums of their gradients
 
@@ -169,7 +168,9 @@ class SharedPrefixSchedule:
             return in_order(found)
         return in_order(found), in_order(step.head.entropies)
 
-    def differentiable_logprobs(self, tree: Tree, token_ids: Tensor, *, microbatch_tokens: int) -> Tensor:
+    def differentiable_logprobs(
+        self, tree: Tree, token_ids: Tensor, *, microbatch_tokens: int, return_entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities as ``logprobs`` has them, whose backward pass is a step.
 
         For losses that are not sums over tokens. It costs a forward pass more than ``step``, because a
@@ -177,15 +178,17 @@ class SharedPrefixSchedule:
 
         Args:
             tree, token_ids, microbatch_tokens: as for ``step``.
+            return_entropy: also the entropies, as ``logprobs`` has them; they have no gradient.
 
         Returns:
-            [N]. Its backward adds to the parameters' ``grad``; ``torch.autograd.grad`` finds nothing.
+            [N]; with return_entropy also entropies [N]. The backward of the first adds to the parameters'
+            ``grad``; ``torch.autograd.grad`` finds nothing.
         """
         anchor = torch.zeros((), requires_grad=True)
-        found: Tensor = _StepBackward.apply(  # type: ignore[no-untyped-call]
-            anchor, self, tree, token_ids, microbatch_tokens
+        found, entropies = _StepBackward.apply(  # type: ignore[no-untyped-call]
+            anchor, self, tree, token_ids, microbatch_tokens, return_entropy
         )
-        return found
+        return (found, entropies) if return_entropy else found
 
     def _check(self, tree: Tree, token_ids: Tensor, microbatch_tokens: int) -> Forest:
         if not isinstance(tree, Tree):
@@ -221,15 +224,20 @@ class _StepBackward(torch.autograd.Function):
         tree: Tree,
         token_ids: Tensor,
         microbatch_tokens: int,
-    ) -> Tensor:
+        return_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.step = (schedule, tree.copy(), token_ids, microbatch_tokens)
-        found = schedule.logprobs(tree, token_ids, microbatch_tokens=microbatch_tokens)
-        assert isinstance(found, Tensor)
+        found = schedule.logprobs(
+            tree, token_ids, microbatch_tokens=microbatch_tokens, return_entropy=return_entropy
+        )
+        if isinstance(found, Tensor):
+            return found, None
+        ctx.mark_non_differentiable(found[1])
         return found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         schedule, tree, token_ids, microbatch_tokens = ctx.step
         with torch.enable_grad():
             schedule.step(
@@ -239,4 +247,4 @@ class _StepBackward(torch.autograd.Function):
                 microbatch_tokens=microbatch_tokens,
                 denominator=1.0,
             )
-        return torch.zeros(()), None, None, None, None
+        return torch.zeros(()), *(None,) * 5

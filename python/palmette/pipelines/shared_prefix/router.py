@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +29,7 @@ class Router:
         self.modules: list[Any] = []
         if not coefficient:
             return
-        recorded = getattr(type(decoder), "_can_record_outputs", None) or {}
-        recorder = recorded.get("router_logits") or getattr(decoder, "_can_record_outputs", {}).get(
-            "router_logits"
-        )
+        recorder = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits")
         kind = getattr(recorder, "target_class", recorder)
         self.index = getattr(recorder, "index", 0)
         self.modules = [] if kind is None else [m for m in decoder.modules() if isinstance(m, kind)]
@@ -42,17 +40,14 @@ class Router:
         self.rows = 0.0  # tokens of all sequences and layers
         self._counting = False
 
-    def counting(self) -> AbstractContextManager[None]:
-        router = self
-
-        class Counting(AbstractContextManager[None]):
-            def __enter__(self) -> None:
-                router.counts, router.rows, router._counting = None, 0.0, True
-
-            def __exit__(self, *_: object) -> None:
-                router._counting = False
-
-        return Counting()
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Within, forwards are counted."""
+        self.counts, self.rows, self._counting = None, 0.0, True
+        try:
+            yield
+        finally:
+            self._counting = False
 
     def watch(self, rows: Rows) -> Watch:
         return Watch(self, rows)
@@ -65,17 +60,14 @@ class Watch:
         self.router, self.rows = router, rows
         self.parts: list[Tensor] = []
         self.handles: list[Any] = []
-        self.open = False
 
     def __enter__(self) -> Watch:
         if self.router.modules and (self.router._counting or self.router.counts is not None):
             self.handles = [m.register_forward_hook(self._see) for m in self.router.modules]
-            self.open = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.open = False  # layers that are computed again in the backward pass are not seen twice
-        for handle in self.handles:
+        for handle in self.handles:  # layers that run again in the backward pass are not seen twice
             handle.remove()
 
     def _see(self, module: Any, inputs: Any, output: Any) -> None:

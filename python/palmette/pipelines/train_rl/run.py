@@ -18,8 +18,8 @@ from torch import Tensor
 
 from palmette.losses import group_advantages, policy_loss
 
-from ..long_runs import Budget, Progress, StoppedError, claim, write_atomically, write_json
-from ..models import load_model
+from ..long_runs import Budget, Progress, claim, write_atomically, write_json
+from ..models import cut_layers, load_model
 from ..rl import StalenessGate, VadeSampler
 from ..shared_prefix import SharedPrefixSchedule
 from .rollouts import Rollouts, roll_out
@@ -51,27 +51,6 @@ class History:
     rollout_seconds: list[float] = field(default_factory=list)
     update_seconds: list[float] = field(default_factory=list)
     accuracy: list[tuple[int, float]] = field(default_factory=list)
-
-
-def cut_layers(model: Any, layers: int | None) -> Any:
-    """The model with only its first and last layers, ``layers`` of them together.
-
-    Raises:
-        ValueError: layers is odd, or more than there are.
-    """
-    everything = list(model.model.layers)
-    if layers is None or layers == len(everything):
-        return model
-    if layers % 2 or not 2 <= layers <= len(everything):
-        raise ValueError(f"layers must be even and in [2, {len(everything)}], got {layers}")
-    half = layers // 2
-    model.model.layers = torch.nn.ModuleList([*everything[:half], *everything[-half:]])
-    for i, layer in enumerate(model.model.layers):
-        layer.self_attn.layer_idx = i
-    model.config.num_hidden_layers = layers
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:layers]
-    return model
 
 
 class Policy:
@@ -367,6 +346,3 @@ def load_history(directory: Path) -> History:
     history = History(**content)
     history.accuracy = [(int(updates), float(share)) for updates, share in history.accuracy]
     return history
-
-
-__all__ = ["History", "Policy", "Run", "StoppedError", "cut_layers", "load_history"]
