@@ -11,8 +11,8 @@
 // order of memory, some thousand at a time, through a buffer of codes as bytes.
 #include "codec/arithmetic.h"
 #include "codec/bits_cpu.h"
-#include "codec/chunks_cpu.h"
 #include "codec/params.h"
+#include "cpu/chunks.h"
 #include "cpu/vec.h"
 
 namespace palmette::PALMETTE_ISA_NS {

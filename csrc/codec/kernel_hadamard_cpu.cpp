@@ -6,10 +6,10 @@
 // one such block apart, and so on: log(n) / log(8 or 16) passes instead of log2(n). Last comes the small
 // matrix, for sizes that have one, with 2^k in the lanes. Rows of 16-bit elements are transformed in a float
 // buffer and rounded once.
-#include "codec/chunks_cpu.h"
 #include "codec/fwht_cpu.h"
 #include "codec/params.h"
 #include "core/workspace.h"
+#include "cpu/chunks.h"
 #include "cpu/vec.h"
 
 namespace palmette::PALMETTE_ISA_NS {
@@ -190,9 +190,7 @@ template <>
 void hadamard_transform<Isa::PALMETTE_ISA_NS>(const HadamardParams& p) {
   const int64_t chunk = 32768 / p.size;
   body::Work work{&p, p.rows, chunk < 1 ? 1 : chunk};
-  if (p.dtype != DType::f64)
-    return body::with_element(p.dtype, [&]<class E>() { work.run(&body::Rows<E>::worker); });
-  if constexpr (Isa::PALMETTE_ISA_NS == Isa::scalar) work.run(&body::Rows<double>::worker);
+  body::with_any_element(p.dtype, [&]<class E>() { work.run(&body::Rows<E>::worker); });
 }
 
 }  // namespace palmette

@@ -19,9 +19,9 @@
 
 #include "codec/arithmetic.h"
 #include "codec/bits_cpu.h"
-#include "codec/chunks_cpu.h"
 #include "codec/fwht_cpu.h"
 #include "codec/params.h"
+#include "cpu/chunks.h"
 #include "cpu/vec.h"
 
 namespace palmette::PALMETTE_ISA_NS {

@@ -10,10 +10,9 @@
 //
 // A row is read once, in blocks that stay in L1: the block's maximum, then its exponentials. What m was
 // before scales s and u down. A worker owns a row.
-#include <atomic>
 #include <cmath>
 
-#include "core/parallel.h"
+#include "cpu/chunks.h"
 #include "cpu/vec.h"
 #include "loss/params.h"
 
@@ -120,44 +119,20 @@ struct Rows {
   }
 };
 
-template <class Params>
-struct Work {
-  const Params& p;
-  std::atomic<int64_t> next{0};
-
-  explicit Work(const Params& params) : p(params) {}
-  void run(void (*body)(void*, int64_t)) {
-    const int64_t workers = num_workers();
-    if (p.num_rows > 0) run_workers(p.num_rows < workers ? p.num_rows : workers, body, this);
-  }
-  template <class F>
-  void each_row(F&& f) {
-    for (int64_t row; (row = next.fetch_add(1)) < p.num_rows;) f(p, row);
-  }
-};
+// Each row to one worker: f(p, row).
+template <class Params, class F>
+void each_row(void* ctx, F&& f) {
+  auto& work = *static_cast<Chunks<Params>*>(ctx);
+  work.each_chunk([&](int64_t row, int64_t) { f(*work.p, row); });
+}
 
 template <class E>
 void forward_worker(void* ctx, int64_t) {
-  static_cast<Work<LogprobsParams>*>(ctx)->each_row(&Rows<E>::forward);
+  each_row<LogprobsParams>(ctx, &Rows<E>::forward);
 }
 template <class E>
 void backward_worker(void* ctx, int64_t) {
-  static_cast<Work<LogprobsBackwardParams>*>(ctx)->each_row(&Rows<E>::backward);
-}
-
-template <class F>
-void with_element(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::bf16:
-      return f.template operator()<bf16>();
-    case DType::f16:
-      return f.template operator()<fp16>();
-    case DType::f64:
-      if constexpr (Isa::PALMETTE_ISA_NS == Isa::scalar) f.template operator()<double>();
-      return;
-    case DType::f32:
-      return f.template operator()<float>();
-  }
+  each_row<LogprobsBackwardParams>(ctx, &Rows<E>::backward);
 }
 
 }  // namespace
@@ -169,14 +144,14 @@ namespace body = PALMETTE_ISA_NS;
 
 template <>
 void gather_logprobs<Isa::PALMETTE_ISA_NS>(const LogprobsParams& p) {
-  body::Work work(p);
-  body::with_element(p.dtype, [&]<class E>() { work.run(&body::forward_worker<E>); });
+  body::Chunks<LogprobsParams> work{&p, p.num_rows, 1};
+  body::with_any_element(p.dtype, [&]<class E>() { work.run(&body::forward_worker<E>); });
 }
 
 template <>
 void gather_logprobs_backward<Isa::PALMETTE_ISA_NS>(const LogprobsBackwardParams& p) {
-  body::Work work(p);
-  body::with_element(p.dtype, [&]<class E>() { work.run(&body::backward_worker<E>); });
+  body::Chunks<LogprobsBackwardParams> work{&p, p.num_rows, 1};
+  body::with_any_element(p.dtype, [&]<class E>() { work.run(&body::backward_worker<E>); });
 }
 
 }  // namespace palmette

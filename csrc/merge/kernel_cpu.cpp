@@ -14,11 +14,10 @@
 // The weights of one block of heads are computed with heads in the lanes, then each head's rows are summed
 // with head_dim in the lanes: both are the memory order. Queries are independent and a state belongs to one
 // query, so the result does not depend on how the work is split.
-#include <atomic>
 #include <limits>
 
-#include "core/parallel.h"
 #include "core/workspace.h"
+#include "cpu/chunks.h"
 #include "cpu/vec.h"
 #include "merge/params.h"
 
@@ -190,45 +189,31 @@ struct Merge {
   }
 };
 
-// Hands out queries in chunks of about 64 KB of states, so that small merges stay on one thread.
-struct Work {
-  const void* params;
-  int64_t num_queries, chunk;
-  std::atomic<int64_t> next{0};
-
-  Work(const void* params, const MergeParams& p) : params(params), num_queries(p.num_queries) {
-    const int64_t bytes = (p.num_states + 1) * p.num_heads * (p.head_dim + 2) * 4;
-    chunk = bytes >= 65536 ? 1 : 65536 / (bytes > 0 ? bytes : 1);
-  }
-  template <class F>
-  void each_query(F&& f) {
-    for (int64_t begin; (begin = next.fetch_add(chunk)) < num_queries;) {
-      const int64_t end = begin + chunk < num_queries ? begin + chunk : num_queries;
-      for (int64_t n = begin; n < end; ++n) f(n);
-    }
-  }
-  void run(void (*body)(void*, int64_t)) {
-    const int64_t chunks = (num_queries + chunk - 1) / chunk;
-    const int64_t workers = num_workers();
-    if (chunks > 0) run_workers(chunks < workers ? chunks : workers, body, this);
-  }
-};
+// Queries in chunks of about 64 KB of states, so that small merges stay on one thread.
+template <class Params>
+Chunks<Params> queries_of(const Params& params, const MergeParams& p) {
+  const int64_t bytes = (p.num_states + 1) * p.num_heads * (p.head_dim + 2) * 4;
+  return {&params, p.num_queries, bytes >= 65536 ? 1 : 65536 / (bytes > 0 ? bytes : 1)};
+}
 
 template <class E>
 void forward_worker(void* ctx, int64_t) {
-  Work& work = *static_cast<Work*>(ctx);
-  const MergeParams& p = *static_cast<const MergeParams*>(work.params);
+  auto& work = *static_cast<Chunks<MergeParams>*>(ctx);
+  const MergeParams& p = *work.p;
   using M = Merge<E>;
   auto* table =
       static_cast<typename M::A*>(thread_workspace(p.num_states * M::L * int64_t(sizeof(typename M::A))));
-  work.each_query([&](int64_t n) { M::forward(p, n, table); });
+  work.each_chunk([&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) M::forward(p, n, table);
+  });
 }
 
 template <class E>
 void backward_worker(void* ctx, int64_t) {
-  Work& work = *static_cast<Work*>(ctx);
-  const MergeBackwardParams& b = *static_cast<const MergeBackwardParams*>(work.params);
-  work.each_query([&](int64_t n) { Merge<E>::backward(b, n); });
+  auto& work = *static_cast<Chunks<MergeBackwardParams>*>(ctx);
+  work.each_chunk([&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) Merge<E>::backward(*work.p, n);
+  });
 }
 
 }  // namespace
@@ -240,34 +225,14 @@ namespace body = PALMETTE_ISA_NS;
 
 template <>
 void merge_states<Isa::PALMETTE_ISA_NS>(const MergeParams& p) {
-  body::Work work(&p, p);
-  switch (p.dtype) {
-    case DType::bf16:
-      return work.run(&body::forward_worker<body::bf16>);
-    case DType::f16:
-      return work.run(&body::forward_worker<body::fp16>);
-    case DType::f64:
-      if constexpr (Isa::PALMETTE_ISA_NS == Isa::scalar) work.run(&body::forward_worker<double>);
-      return;
-    case DType::f32:
-      return work.run(&body::forward_worker<float>);
-  }
+  auto work = body::queries_of(p, p);
+  body::with_any_element(p.dtype, [&]<class E>() { work.run(&body::forward_worker<E>); });
 }
 
 template <>
 void merge_states_backward<Isa::PALMETTE_ISA_NS>(const MergeBackwardParams& b) {
-  body::Work work(&b, b.forward);
-  switch (b.forward.dtype) {
-    case DType::bf16:
-      return work.run(&body::backward_worker<body::bf16>);
-    case DType::f16:
-      return work.run(&body::backward_worker<body::fp16>);
-    case DType::f64:
-      if constexpr (Isa::PALMETTE_ISA_NS == Isa::scalar) work.run(&body::backward_worker<double>);
-      return;
-    case DType::f32:
-      return work.run(&body::backward_worker<float>);
-  }
+  auto work = body::queries_of(b, b.forward);
+  body::with_any_element(b.forward.dtype, [&]<class E>() { work.run(&body::backward_worker<E>); });
 }
 
 }  // namespace palmette

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work that is dealt out in chunks of equal size, and the element types that codecs take.
+// Work that is dealt out in chunks of equal size, and the element types of tensors.
 #pragma once
 
 #include <atomic>
@@ -13,7 +13,7 @@ namespace palmette::PALMETTE_ISA_NS {
 template <class Params>
 struct Chunks {
   const Params* p;
-  int64_t count, chunk;  // of rows, tokens or elements
+  int64_t count, chunk;  // of whatever a worker takes: queries, rows, elements
   std::atomic<int64_t> next{0};
 
   void run(void (*body)(void*, int64_t)) {
@@ -28,6 +28,7 @@ struct Chunks {
   }
 };
 
+// f.operator()<E>() of the stored type, bf16, fp16 or float.
 template <class F>
 void with_element(DType dtype, F&& f) {
   switch (dtype) {
@@ -38,6 +39,13 @@ void with_element(DType dtype, F&& f) {
     default:
       return f.template operator()<float>();
   }
+}
+
+// The same with double, which only the scalar body has.
+template <class F>
+void with_any_element(DType dtype, F&& f) {
+  if (dtype != DType::f64) return with_element(dtype, f);
+  if constexpr (Isa::PALMETTE_ISA_NS == Isa::scalar) f.template operator()<double>();
 }
 
 }  // namespace palmette::PALMETTE_ISA_NS
