@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..integrations._extras import MissingExtraError, require
 
 INTERRUPTED = 130  # the exit status of a program that SIGINT ended
@@ -127,6 +129,19 @@ def run_parser(name: str, description: str, *, quick: str, unit: str) -> argpars
         help=f"stop after so many more {unit}; the next call goes on",
     )
     return parser
+
+
+def use_threads(count: int | None) -> None:
+    """Has PyTorch take so many threads; None: as many as it would.
+
+    Raises:
+        ValueError: count is not positive.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"--threads must be positive, got {count}")
+    torch.set_num_threads(count)
 
 
 def run_command(

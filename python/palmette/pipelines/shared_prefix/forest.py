@@ -125,7 +125,7 @@ class Rows:
     below: Tensor
 
     @classmethod
-    def of(cls, forest: Forest, places: list[int], prefix_len: int) -> Rows:
+    def of(cls, forest: Forest, places: list[int], prefix_len: int, device: torch.device) -> Rows:
         tokens, positions, before, leaves, below = [], [], [], [], []
         local: dict[int, int] = {}  # place -> number here
         last: dict[int, int] = {}  # place -> row of its last token
@@ -155,10 +155,10 @@ class Rows:
         else:
             shape = Tree(torch.tensor(parents), torch.tensor(lengths))
         return cls(
-            torch.cat(tokens),
-            torch.cat(positions),
-            torch.cat(before),
+            torch.cat(tokens).to(device),
+            torch.cat(positions).to(device),
+            torch.cat(before).to(device),
             shape,
-            torch.cat(leaves),
-            torch.cat(below),
+            torch.cat(leaves).to(device),
+            torch.cat(below).to(device),
         )

@@ -74,7 +74,7 @@ class Watch:
         router = self.router
         logits = output[router.index] if isinstance(output, tuple) else output
         probabilities = torch.softmax(logits, -1)
-        weights = self.rows.leaves.to(logits.device, torch.float64)
+        weights = self.rows.leaves.double()
         if router._counting:
             chosen = probabilities.topk(router.top_k, -1).indices
             counts = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)

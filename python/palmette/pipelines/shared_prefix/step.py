@@ -137,18 +137,21 @@ class Step:
             for do, places, parent in actions:
                 if do != "pop":
                     begin = self.forest.path_length(parent)
-                    rows = Rows.of(self.forest, places, begin)
+                    rows = self._rows(places, begin)
                     self._forward(rows, begin, keep=do == "push")
+
+    def _rows(self, places: list[int], begin: int) -> Rows:
+        return Rows.of(self.forest, places, begin, self.device)
 
     def _forward(self, rows: Rows, prefix_len: int, *, keep: bool, write: bool = True) -> Forward:
         this = PrefixPass(
             rows.shape, prefix_len, self.stack, keep=keep, write=write, graph=torch.is_grad_enabled()
         )
-        inputs, embedded = self.embedding(self.token_ids[rows.tokens.to(self.device)])
+        inputs, embedded = self.embedding(self.token_ids[rows.tokens])
         with self.router.watch(rows) as aux:
             out = self.decoder(
                 **inputs,
-                position_ids=rows.positions.to(self.device)[None],
+                position_ids=rows.positions[None],
                 use_cache=False,
                 prefix_pass=this,
             )
@@ -156,7 +159,7 @@ class Step:
 
     def _visit(self, places: list[int], parent: int) -> None:
         begin = self.forest.path_length(parent)
-        rows = Rows.of(self.forest, places, begin)
+        rows = self._rows(places, begin)
         forward = self._forward(rows, begin, keep=False)
         dhidden = self._score(rows, forward.hidden.detach(), parent)
         if self.grad:
@@ -164,7 +167,7 @@ class Step:
 
     def _push(self, place: int, parent: int) -> None:
         begin = self.forest.path_length(parent)
-        rows = Rows.of(self.forest, [place], begin)
+        rows = self._rows([place], begin)
         again = self.options.mode == "recompute"
         rng = self._random_state() if again else []
         context: Any = nullcontext()
@@ -203,15 +206,15 @@ class Step:
             pairs.append((forward.aux, torch.ones_like(forward.aux)))
         if pairs:
             torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
-        self.embedding.add(self.token_ids[rows.tokens.to(self.device)], forward.embedded)
+        self.embedding.add(self.token_ids[rows.tokens], forward.embedded)
 
     def _score(self, rows: Rows, hidden: Tensor, parent: int) -> Tensor:
         """Losses of the rows' tokens; returns gradients of hidden [t, hidden], adds that of the parent's."""
-        scored = rows.below.nonzero()[:, 0].to(self.device)
-        before = rows.before.to(self.device)[scored]
+        scored = rows.below.nonzero()[:, 0]
+        before = rows.before[scored]
         above = self.nodes[parent] if parent >= 0 else None
         source = hidden if above is None else torch.cat([hidden, above.last[None]])  # -1 is the last row
-        tokens = rows.tokens.to(self.device)[scored]
+        tokens = rows.tokens[scored]
         drows = self.head.losses(source[before], self.token_ids[tokens], tokens)
         if not self.grad:
             return drows

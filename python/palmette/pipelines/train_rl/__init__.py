@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from ...integrations._extras import require
-from ..long_runs import Budget, bar, run_command, run_parser
+from ..long_runs import Budget, bar, run_command, run_parser, use_threads
 from ..shared_prefix import MODES
 from . import report
 from .run import Run
@@ -78,10 +78,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 0, got {changes[name]}")
     if not changes.get("learning_rate", 1.0) > 0:
         raise ValueError(f"--learning-rate must be positive, got {changes['learning_rate']}")
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be positive, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     settings = dataclasses.replace(QUICK if options.quick else DEFAULT, **changes)
     torch.manual_seed(settings.seed)  # every draw has a generator of its own; this is for what is overlooked
     this = Run(settings, options.model, options.out, bar, Budget(options.stop_after))

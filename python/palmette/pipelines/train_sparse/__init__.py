@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from ...integrations._extras import require
-from ..long_runs import Budget, bar, run_command, run_parser
+from ..long_runs import Budget, bar, run_command, run_parser, use_threads
 from . import report
 from .run import Run
 from .settings import DEFAULT, QUICK, RECALL_KINDS, TEXT_KINDS
@@ -52,10 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """
     for package in ("matplotlib", "tqdm"):
         require(package, report.PURPOSE, install="'palmette[train]'")
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be positive, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     if options.stop_after is not None and options.stop_after < 0:
         raise ValueError(f"--stop-after must be at least 0, got {options.stop_after}")
     if options.seed < 0:
