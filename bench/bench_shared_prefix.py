@@ -3,7 +3,11 @@
 
 Peers: the dense batch; the dense batch a sequence at a time; prefix-grouper; and stock transformers on one
 packed sequence with a 4-D tree mask. All of them compute logits only of the positions whose next token has a
-loss, and their losses and gradients must agree.
+loss, and their losses and gradients must agree. Freed memory stays with the process (keep_freed_memory): it
+helps the peers, whose tensors are larger, more than it helps Palmette.
+
+A mask over all rollouts grows with the square of their number. From 64 on the packed peer also runs in pieces
+of 16 rollouts, each with the prompt, which is faster.
 """
 
 from __future__ import annotations
@@ -19,15 +23,17 @@ from torch import Tensor
 from bench.jobs import Job, Row, Settings, SkipJobError, run_job, run_with
 from bench.machine import available_memory
 from bench.measure import Race
+from bench.memory import return_freed_memory
 from bench.peers import Contender
 
 LAYERS = 6
-BUDGET = 2048  # tokens of a microbatch
+BUDGET = 4096  # tokens of a microbatch
 LENGTHS = ((640, 128), (384, 384), (128, 640), (2048, 256))
 ROLLOUTS = {"quick": (4,), "default": (4, 16, 64), "full": (4, 16, 64)}
 ROUNDS = {"quick": 2, "default": 3, "full": 7}
 TOLERANCE = 2e-4  # of gradients, relative to the dense batch's; measured: 1e-6 to 2e-5
 ONLY_PACKED = 64  # rollouts: dense batches would take minutes
+PIECE = 16  # rollouts of a packed sequence then
 # products of attention: q k and p v forward; q k again, dO v and three that sum up backward
 ATTENTION_PRODUCTS = 7
 
@@ -58,7 +64,7 @@ def flops_of(case: Case, model: Any) -> int:
     config = model.config
     linear = sum(p.numel() for n, p in model.model.layers.named_parameters() if p.dim() == 2)
     head = config.vocab_size * config.hidden_size * case.rollouts * case.suffix
-    heads = config.num_attention_heads * config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads * model.model.layers[0].self_attn.head_dim
     attention = case.pairs * heads * config.num_hidden_layers * ATTENTION_PRODUCTS
     return 2 * (3 * linear * case.tokens + 3 * head + attention)
 
@@ -98,13 +104,13 @@ class Update:
         loss.backward()
         return loss.detach()
 
-    def _one_sequence(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All as one: ids [1, tokens], positions [1, tokens], and which rows predict the rollouts."""
-        case = self.case
-        ids = torch.cat([self.prompt, self.suffixes.flatten()])
-        own = torch.arange(case.prefix, case.prefix + case.suffix).repeat(case.rollouts)
+    def _one_sequence(self, rollouts: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """Some as one: ids [1, tokens], positions [1, tokens], and which rows predict the rollouts."""
+        case, suffixes = self.case, self.suffixes[rollouts]
+        ids = torch.cat([self.prompt, suffixes.flatten()])
+        own = torch.arange(case.prefix, case.prefix + case.suffix).repeat(len(suffixes))
         positions = torch.cat([torch.arange(case.prefix), own])
-        before = torch.arange(case.prefix - 1, case.tokens - 1)
+        before = torch.arange(case.prefix - 1, len(ids) - 1)
         before[:: case.suffix] = case.prefix - 1
         return ids[None], positions[None], before
 
@@ -149,26 +155,32 @@ class Update:
 
         return run
 
-    def packed(self) -> Callable[[], Tensor]:
-        """One sequence: the prompt, then all rollouts, which a 4-D mask keeps apart."""
+    def packed(self, piece: int) -> Callable[[], Tensor]:
+        """One sequence: the prompt, then ``piece`` rollouts, which a 4-D mask keeps apart."""
         case = self.case
-        ids, positions, before = self._one_sequence()
-        rollout = torch.arange(case.rollouts).repeat_interleave(case.suffix)
+        count = min(piece, case.rollouts)
+        rollout = torch.arange(count).repeat_interleave(case.suffix)
         sequence = torch.cat([torch.full((case.prefix,), -1), rollout])
-        index = torch.arange(case.tokens)
+        index = torch.arange(len(sequence))
         sees = (index[:, None] >= index) & ((sequence[:, None] == sequence) | (sequence == -1))
         # a float mask is what SDPA's fast path takes
-        mask = torch.zeros(case.tokens, case.tokens).masked_fill_(~sees, -torch.inf)[None, None]
+        mask = torch.zeros(len(index), len(index)).masked_fill_(~sees, -torch.inf)[None, None]
+        parts = [slice(first, first + count) for first in range(0, case.rollouts, count)]
 
         def run() -> Tensor:
-            out = self.model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask,
-                use_cache=False,
-                logits_to_keep=before,
-            )
-            return self.backward(out.logits[0], self.suffixes.flatten(), self.weights.flatten())
+            total = torch.zeros(())
+            for part in parts:
+                ids, positions, before = self._one_sequence(part)
+                out = self.model(
+                    input_ids=ids,
+                    position_ids=positions,
+                    attention_mask=mask,
+                    use_cache=False,
+                    logits_to_keep=before,
+                )
+                logits, targets = out.logits[0], self.suffixes[part].flatten()
+                total += self.backward(logits, targets, self.weights[part].flatten())
+            return total
 
         return run
 
@@ -215,16 +227,25 @@ class Update:
 
         return run
 
+    def fits(self, tokens: int, scored: int, mask: int = 0) -> bool:
+        """Is there memory for the activations of so many tokens, and logits of those that are scored?"""
+        activations = tokens * LAYERS * 60_000
+        logits = 3 * 4 * scored * self.model.config.vocab_size
+        return (activations + logits + mask) * 1.3 < available_memory()
+
     def all(self) -> dict[str, Callable[[], Tensor]]:
-        found = {"palmette": self.palmette(), "packed, 4-D tree mask": self.packed()}
-        if self.case.rollouts >= ONLY_PACKED:
+        case = self.case
+        found = {"palmette": self.palmette()}
+        if case.rollouts >= ONLY_PACKED:
+            found["packed, 4-D tree masks of 16 rollouts"] = self.packed(PIECE)
+            # the mask, and two of booleans it is made from
+            if self.fits(case.tokens, self.weights.numel(), 6 * case.tokens**2):
+                found["packed, 4-D tree mask"] = self.packed(case.rollouts)
             return found
+        found["packed, 4-D tree mask"] = self.packed(case.rollouts)
         found["dense, one sequence at a time"] = self.dense(1)
-        # activations of a layer, and logits with their gradients
-        tokens = self.case.rollouts * (self.case.prefix + self.case.suffix)
-        needed = tokens * LAYERS * 60_000 + 3 * 4 * self.weights.numel() * self.model.config.vocab_size
-        if needed * 1.3 < available_memory():
-            found["dense batch"] = self.dense(self.case.rollouts)
+        if self.fits(case.rollouts * (case.prefix + case.suffix), self.weights.numel()):
+            found["dense batch"] = self.dense(case.rollouts)
         with contextlib.suppress(ImportError):
             found["prefix-grouper"] = self.prefix_grouper()
         return found
@@ -259,9 +280,13 @@ def load_cut_model() -> tuple[Any, str]:
 
 def _prepare(case: Case, settings: Settings) -> tuple[Race, Row]:
     try:
+        from palmette.pipelines.long_runs import keep_freed_memory
+
         model, weights = load_cut_model()
     except ImportError:
         raise SkipJobError("transformers is not installed") from None
+    keep_freed_memory()
+    return_freed_memory()  # of the case before, for fits()
     update = Update(case, model)
     runs = update.all()
     errors = _check(model, runs)
@@ -288,10 +313,10 @@ def _prepare(case: Case, settings: Settings) -> tuple[Race, Row]:
 
 
 def _check(model: Any, runs: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Losses and gradients of all, against the packed ones."""
+    """Gradients of all, against those of a packed peer."""
     want: dict[str, Tensor] = {}
     errors = {}
-    names = sorted(runs, key=lambda name: name != "packed, 4-D tree mask")
+    names = sorted(runs, key=lambda name: not name.startswith("packed"))
     for name in names:
         for p in model.parameters():
             p.grad = None

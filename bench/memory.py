@@ -29,11 +29,16 @@ def _status(field: str) -> int:
     raise OSError(f"{_STATUS} has no {field}")
 
 
-def peak_growth(call: Callable[[], object]) -> int:
-    """How far the resident set's peak rises above what it was before, during a call whose result is kept."""
+def return_freed_memory() -> None:
+    """To the system."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def peak_growth(call: Callable[[], object]) -> int:
+    """How far the resident set's peak rises above what it was before, during a call whose result is kept."""
+    return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     kept = call()

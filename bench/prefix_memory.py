@@ -30,7 +30,7 @@ CASE = Case(640, 128, 16)
 CONTENDERS: dict[str, Callable[[Update], Callable[[], torch.Tensor]]] = {
     "dense batch": lambda update: update.dense(CASE.rollouts),
     "dense, one sequence at a time": lambda update: update.dense(1),
-    "packed, 4-D tree mask": lambda update: update.packed(),
+    "packed, 4-D tree mask": lambda update: update.packed(update.case.rollouts),
     **{
         f"palmette, {mode}, microbatches of {budget}": (
             lambda update, mode=mode, budget=budget: update.palmette(mode, budget)

@@ -47,25 +47,32 @@ class Session:
         return self._ceilings
 
     def add(self, row: Row) -> Row:
-        """Evaluates a row with the ceilings known so far, prints its line and keeps it."""
+        """Evaluates a row with the ceilings known so far, prints its line and keeps it.
+
+        It is on disk then: ``python -m bench --report FILE.json`` reports of a run that was cut off.
+        """
         row = report.evaluate(row, self.ceilings)
         self.rows.append(row)
         print(report.line(row), flush=True)
+        _replace(self.path.with_suffix(".json"), json.dumps(self._result(), indent=1) + "\n")
         return row
 
-    def finish(self) -> dict[str, Any]:
-        """Measures the ceilings again, evaluates all rows with the better rates, and writes the reports."""
-        # a busy moment at the start must not make the floors look higher than they are
-        self._ceilings = self.ceilings.best(measure_ceilings(2.0))
-        result: dict[str, Any] = {
+    def _result(self) -> dict[str, Any]:
+        return {
             "machine": machine.describe(),
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
             "suite": self.settings.suite,
             "caches": "cold" if self.settings.cold else "warm",
             "trees": "recorded" if trees.has_traces() else "generated",
-            "ceilings": self._ceilings.as_dict(),
-            "rows": [report.evaluate(row, self._ceilings) for row in self.rows],
+            "ceilings": self.ceilings.as_dict(),
+            "rows": [report.evaluate(row, self.ceilings) for row in self.rows],
         }
+
+    def finish(self) -> dict[str, Any]:
+        """Measures the ceilings again, evaluates all rows with the better rates, and writes the reports."""
+        # a busy moment at the start must not make the floors look higher than they are
+        self._ceilings = self.ceilings.best(measure_ceilings(2.0))
+        result = self._result()
         write(self.path, result)
         print("\n" + report.summary(result))
         print(f"\n{self.path}.json, .md and plots beside them", flush=True)
@@ -74,7 +81,6 @@ class Session:
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """Writes ``path``.json, ``path``.md and plots, each whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     _replace(path.with_suffix(".md"), report.markdown(result, path.name))
     for old in path.parent.glob(f"{path.name}-*.png"):
@@ -86,6 +92,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def _replace(target: Path, text: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(target)

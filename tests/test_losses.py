@@ -107,9 +107,9 @@ def test_logits_of_minus_infinity(backend, dtype):
     dx = x.clone()
     _ops.gather_logprobs_backward_(torch.ones(6), torch.ones(6), dx, y, lse, entropies, 0.5)
     seen = torch.isfinite(x)
-    rows = torch.arange(6) != 4  # the target there has logit -inf
+    assert dx.isfinite().all()  # in row 4, whose target has logit -inf, too
+    rows = torch.arange(6) != 4
     assert not dx[rows][~seen[rows]].any()
-    assert dx[rows].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -120,6 +120,17 @@ def test_what_is_not_finite_stays_in_its_row(backend, value, place):
     y = torch.tensor([1, 2, 3])
     logprobs, _, entropies = _ops.gather_logprobs(x, y, 1.0, True)
     assert logprobs.isnan().tolist() == entropies.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 0.01, 0.1])
+def test_probabilities_are_at_most_1(backend, temperature):
+    """Also where a product of the largest logit would be rounded up, and another one down."""
+    x = torch.randn(50, 3000) * 8
+    y = x.argmax(-1)
+    logprobs, _, _ = _ops.gather_logprobs(x, y, temperature, False)
+    assert (logprobs <= 0).all()
+    want = torch.log_softmax(x.double() / temperature, -1).gather(-1, y[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_of_minus_infinity(backend):
@@ -242,7 +253,7 @@ def test_compiled():
         ({"targets": torch.tensor([0, 1, 5, 2])}, r"targets must be in \[0, 5\), got 5"),
         ({"targets": torch.tensor([0, -1, 5, 2])}, r"targets must be in \[0, 5\), got -1"),
         ({"temperature": 0.0}, "temperature must be a number in"),
-        ({"chunk_bytes": 0}, "chunk_bytes must be a positive integer, got 0"),
+        ({"chunk_bytes": 0}, "chunk_bytes must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_input(change, message):
@@ -349,19 +360,82 @@ def test_corrections(level, correction):
     torch.testing.assert_close(loss(), got.sum() / 6)  # masked tokens count in the denominator
 
 
-def test_weights_have_no_gradient():
-    logprobs, advantages, old, behavior, _ = tokens()
-    leaves = [x.requires_grad_() for x in (logprobs, old, behavior)]
+def test_only_the_trained_policy_has_a_gradient():
+    leaves = [x.requires_grad_() for x in tokens()]
+    logprobs, advantages, old, behavior, ref = leaves
     loss = palmette.policy_loss(
         logprobs,
         advantages,
-        old_logprobs=old.detach(),
+        old_logprobs=old,
         behavior_logprobs=behavior,
+        ref_logprobs=ref,
+        kl=0.1,
         correction="clamp",
     )
     loss.backward()
-    assert leaves[0].grad is not None
-    assert leaves[2].grad is None
+    assert [x.grad is not None for x in leaves] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "options", "loss"),
+    [
+        (1.0, {}, -1.2),  # clipped
+        (0.0, {}, 0.0),
+        (-1.0, {"dual_clip": 3.0}, 3.0),
+        (-1.0, {"correction": "mask", "behavior_logprobs": torch.tensor([-300.0])}, 0.0),
+        (1.0, {"correction": "clamp", "behavior_logprobs": torch.tensor([-300.0])}, -6.0),
+    ],
+)
+def test_ratios_beyond_float32(advantage, options, loss):
+    """Where the loss is a constant, its gradient is 0, not 0 times infinity."""
+    logprobs = torch.tensor([0.0], requires_grad=True)
+    got = palmette.policy_loss(
+        logprobs, torch.tensor([advantage]), old_logprobs=torch.tensor([-200.0]), **options
+    )
+    got.sum().backward()
+    assert float(got) == pytest.approx(loss)
+    assert logprobs.grad.tolist() == [0.0]
+
+
+def test_gradients_of_the_policy():
+    """Against autograd through the formula, away from where it has corners."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        logprobs, advantages, old, behavior, _ = (x.double() for x in tokens(40))
+        leaf, other = (logprobs.clone().requires_grad_() for _ in range(2))
+        got = palmette.policy_loss(
+            leaf,
+            advantages,
+            old_logprobs=old,
+            behavior_logprobs=behavior,
+            correction="clamp",
+            clip=(0.1, 0.3),
+            dual_clip=1.4,
+            reduction="sum",
+        )
+        u = torch.exp(other - old)
+        want = torch.maximum(-advantages * u, -advantages * u.clamp(0.9, 1.3))
+        want = torch.where(advantages < 0, torch.minimum(want, 1.4 * advantages.abs()), want)
+        want = (want * torch.exp(old - behavior).clamp(max=5.0)).sum()
+        torch.testing.assert_close(got, want)
+        got.backward()
+        want.backward()
+        torch.testing.assert_close(leaf.grad, other.grad)
+
+
+def test_all_tokens_masked():
+    """Weights above the cap: no loss and no gradient, where products would be infinite."""
+    logprobs = torch.zeros(3, requires_grad=True)
+    loss = palmette.policy_loss(
+        logprobs,
+        torch.ones(3),
+        old_logprobs=torch.zeros(3),
+        behavior_logprobs=torch.full((3,), -math.inf),
+        correction="mask",
+    )
+    loss.backward()
+    assert loss == 0
+    assert not logprobs.grad.any()
 
 
 def test_means():
@@ -405,6 +479,16 @@ def test_any_microbatches_add_up(cut, count, seed):
         ({"dual_clip": 0.5}, "dual_clip must be a number in"),
         ({"kl": 0.1}, "ref_logprobs must be given where kl is not 0, got None"),
         ({"correction": "mask"}, "behavior_logprobs must be given where correction is, got None"),
+        (
+            {"behavior_logprobs": torch.zeros(3)},
+            "correction must be one of mask, clamp where behavior_logprobs is given, got None",
+        ),
+        ({"clip": (0.1, 0.2, 0.3)}, r"clip must be a number or \(below, above\), got \(0.1, 0.2, 0.3\)"),
+        ({"clip": None}, "clip must be a number in"),
+        ({"dual_clip": math.inf}, "dual_clip must be a number in"),
+        ({"advantages": [1.0, 2.0]}, r"advantages must be \[T\] = \[3\], got \[2\]"),
+        ({"advantages": torch.zeros(3, 1)}, r"advantages must be \[T\] = \[3\], got \[3, 1\]"),
+        ({"advantages": None}, "advantages must be numbers, got NoneType"),
         ({"correction": "drop"}, "correction must be one of mask, clamp, got 'drop'"),
         ({"reduction": "max"}, "reduction must be one of mean, sequence_mean, sum, none, got 'max'"),
         ({"reduction": "sequence_mean"}, "cu_seqlens must be given for sequences, got None"),
@@ -427,8 +511,14 @@ def test_advantages_of_groups():
     torch.testing.assert_close(got[0], (rewards[0] - 0.5) / (rewards[0].std() + 1e-4))
     torch.testing.assert_close(palmette.group_advantages(rewards, normalize=False)[0], rewards[0] - 0.5)
     assert palmette.group_advantages(torch.ones(3, 1)).tolist() == [[0.0]] * 3
-    with pytest.raises(ValueError, match=r"rewards must be \[..., G\], got a scalar"):
+    # the mean of equal numbers is another one by rounding
+    equal = torch.full((2, 7), 1000.1)
+    assert (equal - equal.mean(-1, keepdim=True)).any()
+    assert not palmette.group_advantages(equal).any()
+    with pytest.raises(ValueError, match=r"rewards must be \[..., G\] with G of at least 1, got a scalar"):
         palmette.group_advantages(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"rewards must be \[..., G\] with G of at least 1, got \[2, 0\]"):
+        palmette.group_advantages(torch.zeros(2, 0))
 
 
 def _logprobs_case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

@@ -232,8 +232,8 @@ def test_sums_in_float32_do_not_lose_what_bfloat16_loses(backend, rows):
 
     for buffer, other, of in zip(buffers, rounded, want, strict=True):
         assert error(buffer, of) < 4e-3  # of dout and out in bfloat16; measured: 1.8e-3 to 2.5e-3
-        if rows == 128:
-            assert error(other, of) > 2 * error(buffer, of)
+        if rows == 128:  # 1.4% by the paper; here 0.9% to 1.2%
+            assert 6e-3 < error(other, of) < 2e-2
 
 
 @pytest.mark.parametrize("num_threads", [2])
@@ -468,6 +468,39 @@ def test_a_plan_of_other_lengths():
         prefix_attention(*case[:5], plan=plan)
     with pytest.raises(ValueError, match="cu_seqlens or plan must be given, one of them, got both"):
         prefix_attention(*case, plan=plan)
+    for change, message in (
+        ({"num_q_heads": 8}, "heads of q must be the plan's 8, got 4"),
+        ({"num_kv_heads": 4}, "heads of k must be the plan's 4, got 2"),
+        ({"head_dim": 32}, "head_dim must be the plan's 32, got 16"),
+    ):
+        heads = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16} | change
+        other = plan_prefix_attention(torch.tensor([0, 8]), 10, **heads)
+        with pytest.raises(ValueError, match=f"^{message}"):
+            prefix_attention(*case[:5], plan=other)
+
+
+def test_what_is_no_plan():
+    case = make(10, [3, 5])
+    with pytest.raises(ValueError, match="plan must be a PrefixPlan, got str"):
+        prefix_attention(*case[:5], plan="x")
+    buffer, _ = buffers_of(case)
+    with pytest.raises(ValueError, match="prefix_grad must be two buffers, got the same one twice"):
+        prefix_attention(*case, prefix_grad=(buffer, buffer))
+
+
+def test_no_gradient_to_the_prefix(backend):
+    case = make(40, [20, 9])
+    weights = torch.randn(case.q.shape)
+    leaves = case.leaves()
+    want = torch.autograd.grad((prefix_attention(*leaves) * weights).sum(), leaves[:5])
+    leaves = case.leaves()
+    for x in (leaves.k_prefix, leaves.v_prefix):
+        x.requires_grad_(False)
+    (prefix_attention(*leaves) * weights).sum().backward()
+    assert leaves.k_prefix.grad is None
+    assert leaves.v_prefix.grad is None
+    for name, w in zip(("q", "k", "v"), (want[0], want[3], want[4]), strict=True):
+        torch.testing.assert_close(getattr(leaves, name).grad, w)
 
 
 def _opcheck_cases() -> list[tuple[object, ...]]:

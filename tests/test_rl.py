@@ -48,6 +48,14 @@ def test_counts_and_decay():
     assert vade.alpha[1:].tolist() == pytest.approx([2.0, 2.0])  # forgotten
 
 
+def test_bad_updates_change_nothing():
+    vade = sampler(3)
+    before = vade.state_dict()
+    with pytest.raises(ValueError, match="prompts must be in"):
+        vade.update(torch.tensor([0, 7]), torch.tensor([1, 1]), 4)
+    assert all(torch.equal(value, before[name]) for name, value in vade.state_dict().items())
+
+
 def test_a_sampler_goes_on_where_it_was():
     first, second = sampler(20), sampler(20)
     first.update(torch.arange(20), torch.arange(20) % 5, 4)
@@ -73,6 +81,32 @@ def test_a_sampler_goes_on_where_it_was():
             lambda: VadeSampler(3).update(torch.tensor([0]), torch.tensor([5, 1]), 4),
             r"successes must be \[B\] = \[1\], got \[2\]",
         ),
+        (lambda: VadeSampler(3, prior=(1.0,)), r"prior must be \(alpha, beta\), got \(1.0,\)"),
+        (lambda: VadeSampler(3, prior=2.0), r"prior must be \(alpha, beta\), got 2.0"),
+        (
+            lambda: VadeSampler(3).update(torch.tensor([3]), torch.tensor([1]), 4),
+            r"prompts must be in \[0, 3\), got \[3\]",
+        ),
+        (
+            lambda: VadeSampler(3).update(torch.tensor([0]), [1], 4),
+            "successes must be a tensor, got list",
+        ),
+        (
+            lambda: VadeSampler(3).load_state_dict({"alpha": torch.ones(3).double()}),
+            "beta must be a tensor, got NoneType",
+        ),
+        (
+            lambda: VadeSampler(3).load_state_dict(
+                {"alpha": torch.ones(3).double(), "beta": -torch.ones(3).double()}
+            ),
+            "beta must be positive, got -1.0",
+        ),
+        (lambda: StalenessGate(2, 1).start(5), "count must be at most 4, else it would never start, got 5"),
+        (
+            lambda: StalenessGate(8, 1, 2).start(3),
+            "count must be at most 2, else it would never start, got 3",
+        ),
+        (lambda: StalenessGate(1, 0).finish(-1), "count must be an integer of at least 1, got -1"),
         (lambda: StalenessGate(0, 1), "batch must be an integer of at least 1, got 0"),
         (lambda: StalenessGate(1, -1), "eta must be an integer of at least 0, got -1"),
         (lambda: StalenessGate(1, 0, 0), "max_concurrent must be an integer of at least 1, got 0"),

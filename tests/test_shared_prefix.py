@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pipeline_workers
@@ -16,7 +19,9 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from palmette.pipelines.shared_prefix import MODES, SharedPrefixSchedule  # noqa: E402
+from palmette.integrations import prefix_transformers  # noqa: E402
+from palmette.pipelines import saved_tensors  # noqa: E402
+from palmette.pipelines.shared_prefix import MODES, SharedPrefixSchedule, vocabulary  # noqa: E402
 from palmette.pipelines.shared_prefix.forest import Forest  # noqa: E402
 
 VOCAB = 61
@@ -29,6 +34,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _offload_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these models save is so small that it would stay."""
+    monkeypatch.setattr(saved_tensors, "LEAST_BYTES", 1)
 
 
 SIZES = {
@@ -45,10 +56,14 @@ MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MODELS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, head_dim=8),
     "tied": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mqa": lambda: transformers.LlamaConfig(**SIZES | {"num_key_value_heads": 1}),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16),
     "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=7),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **MOE, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES, head_dim=8, sliding_window=7, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
 }
 
 TREES: dict[str, tuple[list[int], list[int]]] = {
@@ -61,11 +76,16 @@ TREES: dict[str, tuple[list[int], list[int]]] = {
     "nested": ([-1, 0, 0, 1, 1, 2, 2, 4, 4], [9, 5, 4, 3, 6, 7, 2, 4, 5]),
     "chain": ([-1, 0, 1, 2], [5, 4, 3, 6]),
     "empty nodes": ([-1, 0, 1, 1, 0, 4], [6, 0, 4, 5, 0, 3]),
+    "empty leaves": ([-1, 0, 0, 0, 3, 3], [6, 4, 0, 5, 0, 3]),
 }
 
 
 def _norm(self: Any, x: Tensor) -> Tensor:
     return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def _gemma_norm(self: Any, x: Tensor) -> Tensor:
+    return (1 + self.weight) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
 
 
 def _route(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +101,7 @@ def model_of(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> A
     for key, value in changes.items():
         setattr(config, key, value)
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", experts_implementation="eager"
+        config, attn_implementation="eager" if name == "gemma2" else "sdpa", experts_implementation="eager"
     )
     with torch.no_grad():  # larger than usual, so that attention is not almost uniform
         for p in model.parameters():
@@ -89,7 +109,9 @@ def model_of(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> A
                 p.mul_(3)
     if dtype == torch.float64:
         for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
+            if type(module).__name__ == "Gemma2RMSNorm":
+                module.forward = functools.partial(_gemma_norm, module)
+            elif type(module).__name__.endswith("RMSNorm"):
                 module.forward = functools.partial(_norm, module)
             elif type(module).__name__ == "Qwen3MoeTopKRouter":
                 module.forward = functools.partial(_route, module)
@@ -214,14 +236,18 @@ def compare(
         aux=options.get("aux_loss", 0.0),
     )
     want = gradients(model)
+    without = {n for n, p in model.named_parameters() if p.grad is None}
     model.zero_grad()
     schedule = SharedPrefixSchedule(model, mode, **options)
+    attention = model.config._attn_implementation
     loss = schedule.step(tree, ids, loss_fn, microbatch_tokens=budget, denominator=7.0)
     assert loss.dtype == torch.float64
     assert not loss.requires_grad
     torch.testing.assert_close(loss, want_loss, rtol=tolerance, atol=tolerance)
     assert relative_error(gradients(model), want) < tolerance
-    assert model.config._attn_implementation == "sdpa"
+    if len(tree.leaves) > 1:  # a prompt alone has no loss
+        assert {n for n, p in model.named_parameters() if p.grad is None} == without
+    assert model.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -232,17 +258,68 @@ def test_gradients_are_those_of_the_dense_baseline(scalar_backend, name, budget,
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", [k for k in MODELS if k != "llama"])
+@pytest.mark.parametrize("kind", [k for k in MODELS if k not in ("llama", "gemma2")])
 @pytest.mark.parametrize("name", ["star", "nested"])
 def test_models(scalar_backend, kind, name, mode):
-    compare(model_of(kind), name, budget=12, mode=mode)
+    for budget in (1, 12, 1000):
+        compare(model_of(kind), name, budget=budget, mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["star", "nested"])
+def test_capped_logits(scalar_backend, name, mode):
+    """Of attention and of the head; transformers computes parts of this model in float32."""
+    model = model_of("gemma2")
+    compare(model, name, budget=12, mode=mode, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rollouts_without_a_loss(scalar_backend, mode):
+    """A masked rollout, and one microbatch of nothing else."""
+    tree, ids = tree_of("star")
+    weights = weights_of(tree)
+    weights[tree.node_start[1] : tree.node_start[2]] = 0
+
+    def loss_fn(logprobs: Tensor, tokens: Tensor) -> Tensor:
+        return (weights[tokens].to(logprobs.dtype) * logprobs.square()).sum()
+
+    model = model_of("llama")
+    dense(model, tree, ids, loss_fn, 7.0)
+    want = gradients(model)
+    for budget in (1, 12, 1000):
+        model.zero_grad()
+        SharedPrefixSchedule(model, mode).step(tree, ids, loss_fn, microbatch_tokens=budget, denominator=7.0)
+        assert relative_error(gradients(model), want) < 1e-9
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("budget", [1, 12, 1000])
-@pytest.mark.parametrize("name", ["star", "nested", "forest"])
+@pytest.mark.parametrize("name", ["star", "nested", "forest", "empty leaves"])
 def test_the_load_balancing_loss_is_exact(scalar_backend, name, budget, mode):
     compare(model_of("qwen3-moe"), name, budget=budget, mode=mode, aux_loss=0.7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_load_balancing_loss_of_checkpointed_layers(scalar_backend, mode):
+    model = model_of("qwen3-moe")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    compare(model, "nested", budget=12, mode=mode, aux_loss=0.7)
+
+
+def test_the_load_balancing_loss_is_that_of_transformers(scalar_backend):
+    """And its coefficient that of the model's configuration."""
+    tree = Tree(torch.tensor([-1, 0, 0]), torch.tensor([9, 6, 6]))
+    ids = torch.randint(0, VOCAB, (tree.num_tokens,), generator=torch.Generator().manual_seed(2))
+    model = model_of("qwen3-moe", output_router_logits=True, router_aux_loss_coef=0.3)
+    want = model(input_ids=torch.stack([ids[path] for path in paths_of(tree)]), use_cache=False).aux_loss
+    (0.3 * want).backward()
+    grads = gradients(model)
+    model.zero_grad()
+    loss = SharedPrefixSchedule(model).step(
+        tree, ids, lambda lp, t: 0 * lp.sum(), microbatch_tokens=6, denominator=1.0
+    )
+    torch.testing.assert_close(loss, 0.3 * want.detach().double(), rtol=1e-6, atol=1e-6)
+    assert relative_error(gradients(model), grads) < 1e-5  # transformers' softmax is float32
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -280,6 +357,22 @@ def test_frozen_parameters(scalar_backend, frozen, mode):
             assert p.grad is None, name
 
 
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+@pytest.mark.parametrize("where", ["weights", "embeddings", "head"])
+def test_hooks_are_seen(scalar_backend, kind, where):
+    """Of the tables too, whose gradients do not come from autograd otherwise."""
+    model = model_of(kind)
+    rows = torch.arange(VOCAB) % 2 == 0
+    if where == "weights":
+        for p in {model.model.embed_tokens.weight, model.lm_head.weight}:
+            p.register_hook(lambda grad: grad * rows[:, None])
+    elif where == "embeddings":
+        model.model.embed_tokens.register_forward_hook(lambda m, i, out: 2 * out)
+    else:
+        model.lm_head.register_forward_pre_hook(lambda m, i: (0.5 * i[0],))
+    compare(model, "nested", budget=12)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "lm_head"]])
 def test_lora(scalar_backend, targets, mode):
@@ -290,7 +383,7 @@ def test_lora(scalar_backend, targets, mode):
     compare(model, "nested", budget=12, mode=mode)
 
 
-def test_capped_logits_and_biased_heads(scalar_backend):
+def test_biased_heads(scalar_backend):
     model = model_of("llama")
     model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB, dtype=torch.float64))
     compare(model, "star", budget=12)
@@ -317,6 +410,44 @@ def test_float32_is_as_good_as_the_dense_baseline(backend, kind, name):
         assert relative_error(gradients(model), want) < 2 * base
 
 
+@pytest.mark.parametrize("name", [name for name in TREES if name not in ("star", "nested")])
+def test_float32_on_every_tree(cpu_backend, name):
+    tree, ids = tree_of(name)
+    loss_fn = loss_of(weights_of(tree))
+    exact = model_of("llama")
+    dense(exact, tree, ids, loss_fn, 7.0)
+    want = gradients(exact)
+    for mode, budget in itertools.product(MODES, (1, 12)):
+        model = model_of("llama", torch.float32)
+        schedule = SharedPrefixSchedule(model, mode)
+        schedule.step(tree, ids, loss_fn, microbatch_tokens=budget, denominator=7.0)
+        assert relative_error(gradients(model), want) < 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(cpu_backend, mode):
+    """As good as the dense baseline under the same autocast."""
+    tree, ids = tree_of("nested")
+    loss_fn = loss_of(weights_of(tree))
+    model = model_of("llama", torch.float32)
+    dense(model, tree, ids, loss_fn, 7.0)
+    want = gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        dense(model, tree, ids, loss_fn, 7.0)
+        base = relative_error(gradients(model), want)
+        model.zero_grad()
+        SharedPrefixSchedule(model, mode).step(tree, ids, loss_fn, microbatch_tokens=12, denominator=7.0)
+    assert relative_error(gradients(model), want) < 2 * base
+    model.zero_grad()
+    tokens = torch.arange(tree.length(0), len(ids))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = SharedPrefixSchedule(model, mode).differentiable_logprobs(tree, ids, microbatch_tokens=12)
+        loss = loss_fn(found[tokens], tokens) / 7.0
+    loss.backward()  # outside, as PyTorch recommends
+    assert relative_error(gradients(model), want) < 2 * base
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_bfloat16(cpu_backend, mode):
     """Sums of the prefix's gradients are in float32: it is as good as the dense baseline."""
@@ -333,7 +464,18 @@ def test_bfloat16(cpu_backend, mode):
     assert relative_error(gradients(model), want) < 2 * base
 
 
-@pytest.mark.parametrize("name", ["star", "nested"])
+def test_gradients_of_another_dtype(cpu_backend):
+    tree, ids = tree_of("star")
+    loss_fn = loss_of(weights_of(tree))
+    model = model_of("llama", torch.bfloat16)
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    for _ in range(2):
+        SharedPrefixSchedule(model).step(tree, ids, loss_fn, microbatch_tokens=9, denominator=7.0)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", TREES)
 def test_on_the_emulated_gpu(name):
     """All of a step's kernels; the model is PyTorch's."""
     if "emulated" not in testing.backends():
@@ -371,6 +513,43 @@ def test_a_prefix_is_computed_again_with_the_same_dropout(scalar_backend):
         assert torch.equal(loss, results[0][0])
         assert relative_error(grads, results[0][1]) < 1e-12
         assert torch.equal(drawn, results[0][2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_log_probabilities_have_the_dropout_of_their_gradient(scalar_backend, mode):
+    tree, ids = tree_of("nested")
+    loss_fn = loss_of(weights_of(tree))
+    tokens = torch.arange(tree.length(0), len(ids))
+    model = with_dropout(model_of("llama"))
+    schedule = SharedPrefixSchedule(model, mode)
+    torch.manual_seed(5)
+    loss = schedule.step(tree, ids, loss_fn, microbatch_tokens=12, denominator=1.0)
+    want = gradients(model)
+    model.zero_grad()
+    torch.manual_seed(5)
+    found = schedule.differentiable_logprobs(tree, ids, microbatch_tokens=12)
+    drawn = torch.rand(1)
+    later = loss_fn(found[tokens], tokens)
+    torch.testing.assert_close(later.detach(), loss)
+    later.backward()
+    assert relative_error(gradients(model), want) < 1e-12
+    torch.manual_seed(5)
+    schedule.logprobs(tree, ids, microbatch_tokens=12)
+    assert torch.equal(drawn, torch.rand(1))  # the backward pass draws nothing of its own
+
+
+def test_offloaded_tensors_are_in_a_file(scalar_backend, monkeypatch):
+    sizes = []
+    real = saved_tensors.OffloadedTensors._pack
+
+    def pack(self: Any, tensor: Tensor) -> Any:
+        packed = real(self, tensor)
+        sizes.append(self._end)
+        return packed
+
+    monkeypatch.setattr(saved_tensors.OffloadedTensors, "_pack", pack)
+    compare(model_of("llama"), "nested", budget=12, mode="offload")
+    assert max(sizes) > 10_000
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -445,15 +624,184 @@ def test_an_exception_changes_nothing(scalar_backend, mode, calls):
         assert p.grad is None or torch.equal(p.grad, before[name][1])
 
 
-def test_no_gradient_at_all(scalar_backend):
-    """Equal rewards: every advantage is 0."""
+class Failure(Exception):
+    """Of a test."""
+
+
+def fails_after(calls: int):
+    """A hook that raises when it is called once more than ``calls`` times; tells whether it has."""
+    seen = {"calls": 0, "raised": False}
+
+    def hook(*_: object) -> None:
+        seen["calls"] += 1
+        if seen["calls"] > calls:
+            seen["raised"] = True
+            raise Failure
+
+    return hook, seen
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("where", ["forward", "backward", "counting", "the end"])
+def test_an_exception_anywhere_changes_nothing(scalar_backend, monkeypatch, where, mode):
+    """In any forward of a layer, in any backward, while experts are counted, and after all."""
+    tree, ids = tree_of("nested")
+    loss_fn = loss_of(weights_of(tree))
+    model = model_of("qwen3-moe")
+    aux = 0.1 if where == "counting" else 0.0
+    schedule = SharedPrefixSchedule(model, mode, aux_loss=aux)
+
+    def step() -> None:
+        schedule.step(tree, ids, loss_fn, microbatch_tokens=12, denominator=7.0)
+
+    step()
+    before = {n: p.grad.clone() for n, p in model.named_parameters()}
+    raised = 0
+    for calls in itertools.count():
+        hook, seen = fails_after(calls)
+        with monkeypatch.context() as patch:
+            handle = None
+            if where == "forward":
+                handle = model.model.layers[1].register_forward_hook(hook)
+            elif where == "backward":
+                handle = model.model.layers[1].self_attn.k_proj.weight.register_hook(hook)
+            elif where == "counting":
+                handle = model.model.layers[1].mlp.register_forward_hook(hook)
+            else:
+                patch.setattr(vocabulary.Head, "finish", hook)
+            with contextlib.suppress(Failure):
+                step()
+            if handle is not None:
+                handle.remove()
+        if not seen["raised"]:
+            break
+        raised += 1
+        for name, p in model.named_parameters():
+            assert torch.equal(p.grad, before[name])
+        assert model.config._attn_implementation == "sdpa"
+    assert raised >= (1 if where == "the end" else 4)
+    for p in model.parameters():
+        p.grad = None
+    step()
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
+
+
+def open_files() -> int:
+    """Temporary ones of this process."""
+    found = 0
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += "palmette-" in str(fd.readlink())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux tells which files are open")
+def test_an_exception_leaves_no_files_behind(scalar_backend):
+    tree, ids = tree_of("nested")
+    model = model_of("llama")
+    gc.collect()
+    before = open_files()
+    for _ in range(3):
+        hook, _ = fails_after(3)
+        with contextlib.suppress(Failure):
+            SharedPrefixSchedule(model, "offload").step(
+                tree, ids, lambda lp, t, hook=hook: hook() or lp.sum(), microbatch_tokens=12, denominator=7.0
+            )
+    gc.collect()
+    assert open_files() == before
+
+
+def test_old_gradients_that_cannot_be_added_to(scalar_backend):
     tree, ids = tree_of("star")
     model = model_of("llama")
-    loss = SharedPrefixSchedule(model).step(
-        tree, ids, lambda lp, t: (0 * lp).sum(), microbatch_tokens=12, denominator=7.0
+    step = functools.partial(
+        SharedPrefixSchedule(model).step, tree, ids, loss_of(weights_of(tree)), denominator=7.0
     )
-    assert loss == 0
-    assert not any(g.any() for g in gradients(model).values())
+    step(microbatch_tokens=12)
+    with torch.inference_mode():
+        model.lm_head.weight.grad = model.lm_head.weight.grad.clone()
+    before = {n: (p.grad, p.grad.clone()) for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="gradients that are there must be dense and no inference tensors"):
+        step(microbatch_tokens=12)
+    for name, p in model.named_parameters():
+        assert p.grad is before[name][0]
+        assert torch.equal(p.grad, before[name][1])
+
+
+@pytest.mark.parametrize("call", ["logprobs", "step"])
+def test_a_loss_may_call_the_schedule(scalar_backend, call):
+    tree, ids = tree_of("nested")
+    other, other_ids = tree_of("star")
+    loss_fn = loss_of(weights_of(tree))
+    model = model_of("llama")
+    schedule = SharedPrefixSchedule(model)
+    options = {"microbatch_tokens": 12, "denominator": 7.0}
+    schedule.step(tree, ids, loss_fn, **options)
+    want = gradients(model)
+    model.zero_grad()
+
+    def curious(logprobs: Tensor, tokens: Tensor) -> Tensor:
+        if call == "logprobs":
+            schedule.logprobs(other, other_ids, microbatch_tokens=12)
+        else:
+            schedule.step(other, other_ids, lambda lp, t: 0 * lp.sum(), **options)
+        return loss_fn(logprobs, tokens)
+
+    schedule.step(tree, ids, curious, **options)
+    assert all(torch.equal(g, want[n]) for n, g in gradients(model).items())
+
+
+def test_inference_mode_leaves_nothing_behind(scalar_backend):
+    tree, ids = tree_of("star")
+    model = model_of("llama")
+    schedule = SharedPrefixSchedule(model)
+    with torch.inference_mode():
+        first = schedule.logprobs(tree, ids, microbatch_tokens=12)
+    schedule.step(tree, ids, loss_of(weights_of(tree)), microbatch_tokens=12, denominator=7.0)
+    with torch.inference_mode():
+        assert torch.equal(schedule.logprobs(tree, ids, microbatch_tokens=12), first)
+
+
+def test_tokens_that_change_before_the_backward(scalar_backend):
+    tree, ids = tree_of("star")
+    model = model_of("llama")
+    schedule = SharedPrefixSchedule(model)
+    wants = []
+    for change in (False, True):
+        model.zero_grad()
+        given = ids.clone()
+        found = schedule.differentiable_logprobs(tree, given, microbatch_tokens=12)
+        if change:
+            given.zero_()
+        found.square().sum().backward()
+        wants.append(gradients(model))
+    assert all(torch.equal(g, wants[1][n]) for n, g in wants[0].items())
+
+
+def test_no_gradient_at_all(scalar_backend):
+    """Equal rewards: every advantage is 0, and so is every gradient, but none is missing."""
+    tree, ids = tree_of("star")
+    for kind in ("llama", "tied"):
+        model = model_of(kind)
+        loss = SharedPrefixSchedule(model).step(
+            tree, ids, lambda lp, t: (0 * lp).sum(), microbatch_tokens=12, denominator=7.0
+        )
+        assert loss == 0
+        for p in model.parameters():
+            assert p.grad is not None
+            assert not p.grad.any()
+
+
+def test_without_gradients(scalar_backend):
+    tree, ids = tree_of("star")
+    loss_fn = loss_of(weights_of(tree))
+    model = model_of("llama")
+    options = {"microbatch_tokens": 12, "denominator": 7.0}
+    want = SharedPrefixSchedule(model).step(tree, ids, loss_fn, **options)
+    model.zero_grad()
+    with torch.no_grad():
+        assert torch.equal(SharedPrefixSchedule(model).step(tree, ids, loss_fn, **options), want)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -465,8 +813,17 @@ def test_no_gradient_at_all(scalar_backend):
         ({"token_ids": torch.full((29,), 61)}, r"token_ids must be in \[0, 61\), got 61 to 61"),
         ({"microbatch_tokens": 0}, "microbatch_tokens must be an integer of at least 1, got 0"),
         ({"denominator": 0}, "denominator must be a number in"),
-        ({"loss_fn": lambda lp, t: lp}, r"loss_fn must return a scalar tensor, got \[5\]"),
+        ({"loss_fn": None}, "loss_fn must be a function, got NoneType"),
+        ({"loss_fn": lambda lp, t: lp}, r"loss_fn must return a scalar tensor, got torch.float32 \[5\]"),
+        (
+            {"loss_fn": lambda lp, t: lp.sum() * 1j},
+            "loss_fn must return a scalar tensor, got torch.complex64",
+        ),
         ({"loss_fn": lambda lp, t: 1.0}, "loss_fn must return a scalar tensor, got float"),
+        (
+            {"tree": Tree(torch.tensor([-1, -1, 1]), torch.tensor([20, 0, 9]))},
+            "tree must have tokens in a root with children, got none in 1",
+        ),
     ],
 )
 def test_bad_arguments(change, message):
@@ -500,6 +857,99 @@ def test_bad_options():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="gradient checkpointing must not be the reentrant one"):
         SharedPrefixSchedule(model).step(tree, ids, loss_of(weights_of(tree)), **options)
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_models_that_it_cannot_run():
+    model = model_of("llama", torch.float32)
+    with pytest.raises(
+        ValueError, match="model must be a causal language model of transformers, not wrapped"
+    ):
+        SharedPrefixSchedule(Wrapper(model))
+    model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="layer_types of the model must be of full_attention, sliding_atten"):
+        SharedPrefixSchedule(model)
+    model = model_of("llama", torch.float32)
+    model.lm_head.weight.device_mesh = None
+    with pytest.raises(ValueError, match="model must hold whole parameters, got DTensors"):
+        SharedPrefixSchedule(model)
+
+
+def test_learned_prompts():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(model_of("llama", torch.float32), config)
+    with pytest.raises(ValueError, match="model must have no learned prompts"):
+        SharedPrefixSchedule(model)
+
+
+def test_a_model_without_a_head():
+    with pytest.raises(ValueError, match="model must have a language-model head, got LlamaModel without one"):
+        SharedPrefixSchedule(transformers.AutoModel.from_config(MODELS["llama"]()))
+
+
+def test_positions_that_depend_on_the_length():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    config = transformers.LlamaConfig(**SIZES | {"max_position_embeddings": 16}, rope_parameters=rope)
+    schedule = SharedPrefixSchedule(transformers.LlamaForCausalLM(config))
+    tree, ids = tree_of("star")
+    with pytest.raises(ValueError, match=r"tree must have paths of at most 16 tokens, got 21: .*rope_type"):
+        schedule.logprobs(tree, ids, microbatch_tokens=12)
+    tree = Tree(torch.tensor([-1, 0, 0]), torch.tensor([8, 8, 5]))
+    schedule.logprobs(tree, ids[:21], microbatch_tokens=12)
+
+
+def test_calling_the_model_in_a_loss():
+    tree, ids = tree_of("star")
+    model = model_of("llama", torch.float32)
+
+    def loss_fn(logprobs: Tensor, tokens: Tensor) -> Tensor:
+        model(input_ids=ids[None])
+        return logprobs.sum()
+
+    with pytest.raises(ValueError, match="model must not be called by others while a step of it runs"):
+        SharedPrefixSchedule(model).step(tree, ids, loss_fn, microbatch_tokens=5, denominator=1.0)
+
+
+def test_parts_of_a_model_keep_their_attention():
+    class Config:
+        def __init__(self, implementation: str) -> None:
+            self._attn_implementation = implementation
+
+    class Composite:
+        config = Config("sdpa")
+
+        def set_attn_implementation(self, value: str | dict[str, str]) -> None:
+            names = (
+                value
+                if isinstance(value, dict)
+                else dict.fromkeys(("", "vision_config", "text_config"), value)
+            )
+            for name, found in names.items():
+                (getattr(self.config, name) if name else self.config)._attn_implementation = found
+
+    model = Composite()
+    model.config.sub_configs = {"vision_config": Config, "text_config": Config}
+    model.config.vision_config, model.config.text_config = Config("eager"), Config("sdpa")
+    with prefix_transformers.prefix_attention_of(model):
+        assert model.config.vision_config._attn_implementation == prefix_transformers.ATTENTION_NAME
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_a_layer_that_does_not_attend():
+    model = model_of("llama", torch.float32)
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    tree, ids = tree_of("star")
+    with pytest.raises(ValueError, match=r"^model must attend .* in all of its 3 layers, .* got 2 that do"):
+        SharedPrefixSchedule(model).step(
+            tree, ids, loss_of(weights_of(tree)), microbatch_tokens=5, denominator=1.0
+        )
 
 
 # ---- what else it does
@@ -560,6 +1010,18 @@ def test_losses_that_are_no_sums_over_tokens(scalar_backend, mode):
     assert relative_error(got, gradients(model)) < 1e-9
     with torch.no_grad():
         assert not schedule.differentiable_logprobs(tree, ids, microbatch_tokens=12).requires_grad
+
+
+def test_log_probabilities_have_no_load_balancing_loss(scalar_backend):
+    tree, ids = tree_of("nested")
+    model = model_of("qwen3-moe", output_router_logits=True, router_aux_loss_coef=0.3)
+    wants = []
+    for schedule in (SharedPrefixSchedule(model), SharedPrefixSchedule(model, aux_loss=0.0)):
+        model.zero_grad()
+        found = schedule.differentiable_logprobs(tree, ids, microbatch_tokens=12)
+        found.square().sum().backward()
+        wants.append(gradients(model))
+    assert all(torch.equal(g, wants[1][n]) for n, g in wants[0].items())
 
 
 def test_each_token_is_computed_once(scalar_backend):
@@ -626,12 +1088,14 @@ def test_deep_chains():
 # ---- data parallel
 
 
-def rank_steps(rank: int, size: int, names: list[str], kind: str) -> tuple[Tensor, dict[str, Tensor]]:
+def rank_steps(
+    rank: int, size: int, names: list[str], kind: str, aux: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """One step with a tree of its own; the denominator is everybody's."""
     tree, ids = tree_of(names[rank])
     model = model_of(kind)
     with testing.backend("scalar"):
-        schedule = SharedPrefixSchedule(model, group=torch.distributed.group.WORLD)
+        schedule = SharedPrefixSchedule(model, group=torch.distributed.group.WORLD, aux_loss=aux)
         options = {"microbatch_tokens": 12, "denominator": 7.0}
         schedule.step(tree, ids, loss_of(weights_of(tree)), **options)  # what is there is not summed
         loss = schedule.step(tree, ids, loss_of(weights_of(tree)), **options)
@@ -640,7 +1104,7 @@ def rank_steps(rank: int, size: int, names: list[str], kind: str) -> tuple[Tenso
 
 @pytest.mark.parametrize("names", [["star", "nested"], ["nested", "no rollout"]])
 def test_two_ranks(scalar_backend, tmp_path, names):
-    results = pipeline_workers.run(tmp_path, 2, rank_steps, names, "tied")
+    results = pipeline_workers.run(tmp_path, 2, rank_steps, names, "tied", 0.0)
     model = model_of("tied")
     total = torch.zeros((), dtype=torch.float64)
     for name in names:
@@ -651,3 +1115,22 @@ def test_two_ranks(scalar_backend, tmp_path, names):
         torch.testing.assert_close(loss, total, rtol=1e-9, atol=1e-9)
         assert relative_error(grads, want) < 1e-9
     assert all(torch.equal(g, results[1][1][n]) for n, g in results[0][1].items())
+
+
+def test_experts_are_counted_over_all_ranks(scalar_backend, tmp_path):
+    """One auxiliary loss over all sequences, not one per rank."""
+    names = ["star", "forest"]
+    results = pipeline_workers.run(tmp_path, 2, rank_steps, names, "qwen3-moe", 0.7)
+    model = model_of("qwen3-moe")
+    (parents, counts), (more, lengths) = (TREES[name] for name in names)
+    both = Tree(
+        torch.tensor([*parents, *(p if p < 0 else p + len(parents) for p in more)]),
+        torch.tensor([*counts, *lengths]),
+    )
+    trees = [tree_of(name) for name in names]
+    weights = torch.cat([weights_of(tree) for tree, _ in trees])
+    total = dense(model, both, torch.cat([ids for _, ids in trees]), loss_of(weights), 7.0, aux=0.7)
+    want = {n: 2 * g for n, g in gradients(model).items()}
+    for loss, grads in results:
+        torch.testing.assert_close(loss, total, rtol=1e-9, atol=1e-9)
+        assert relative_error(grads, want) < 1e-9

@@ -18,9 +18,10 @@ pytest.importorskip("matplotlib")
 from palmette.pipelines import train_rl
 from palmette.pipelines.long_runs import INTERRUPTED
 from palmette.pipelines.models import cut_layers
+from palmette.pipelines.train_rl import report
 from palmette.pipelines.train_rl.rollouts import roll_out
 from palmette.pipelines.train_rl.run import History, Policy, load_history
-from palmette.pipelines.train_rl.settings import DEFAULT, QUICK, Settings
+from palmette.pipelines.train_rl.settings import Settings
 from palmette.pipelines.train_rl.task import Problem, Task
 from tiny_models import tiny_llama
 
@@ -56,10 +57,12 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         prompts=2, group=3, updates=5, pool=20, held_out=6, evaluate_every=2, save_every=2, max_tokens=4
     )
     monkeypatch.setattr(train_rl, "QUICK", tiny)
+    # this model never finds a sum, and without rewards nothing would move
+    monkeypatch.setattr(Task, "reward", lambda self, problem, tokens: float(sum(tokens) % 2))
 
 
 def task(**sizes: int) -> Task:
-    return Task(Characters(), sizes.get("pool", 20), sizes.get("held_out", 6), sizes.get("seed", 0))
+    return Task(Characters(), sizes.get("pool", 20), sizes.get("held_out", 6))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_problems():
     pairs = [{(p.a, p.b) for p in some} for some in (t.train, t.held_out)]
     assert [len(some) for some in pairs] == [4000, 300]
     assert not pairs[0] & pairs[1]
-    assert task(seed=1).train != task().train
+    assert task(pool=4000, held_out=300).train == t.train  # for every run
     with pytest.raises(ValueError, match="pool and held_out must be at most 8100 together, got 8000 and 101"):
         task(pool=8000, held_out=101)
 
@@ -225,8 +228,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(tmp_path, capsys, s
     }
     out = capsys.readouterr().out
     assert "held-out accuracy before" in out
-    for _ in range(2):
-        assert train_rl.main(command(parts, "--sampler", sampler, "--stop-after", "2")) == INTERRUPTED
+    for _ in range(4):  # what a checkpoint of every second update would not have is kept too
+        assert train_rl.main(command(parts, "--sampler", sampler, "--stop-after", "1")) == INTERRUPTED
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("palmette train-rl: stopped; to go on: python -m palmette train-rl --quick")
     assert train_rl.main(command(parts, "--sampler", sampler)) == 0
@@ -238,14 +241,54 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(tmp_path, capsys, s
     assert all(a < b for a, b in zip(histories[0].tokens, histories[0].dense_tokens, strict=True))
     states = [torch.load(d / "checkpoint.pt", weights_only=True)["model"] for d in (whole, parts)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    model, _ = runs.load_model(None)
+    moved = [float((value - model.state_dict()[name]).abs().max()) for name, value in states[0].items()]
+    assert min(moved) > 1e-6
+    assert len(set(histories[0].losses)) == 5
 
 
 @pytest.mark.usefixtures("_tiny")
-def test_rollouts_beside_updates(tmp_path):
-    assert train_rl.main(command(tmp_path, "--eta", "2", "--updates", "6")) == 0
+@pytest.mark.parametrize("where", ["rollout", "gradients", "step", "evaluation"])
+def test_a_run_that_was_interrupted_goes_on_with_the_same_losses(tmp_path, monkeypatch, capsys, where):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_rl.main(command(whole)) == 0
+    owner, name = {
+        "rollout": (runs.Run, "roll_out"),
+        "gradients": (Policy, "gradients"),
+        "step": (Policy, "step"),
+        "evaluation": (runs.Run, "_evaluate"),
+    }[where]
+    real, calls = getattr(owner, name), 0
+
+    def interrupted(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        assert train_rl.main(command(parts)) == INTERRUPTED
+    assert "interrupted; to go on" in capsys.readouterr().err
+    done = torch.load(parts / "checkpoint.pt", weights_only=True)["version"]
+    assert done == (4 if where == "evaluation" else 2)  # the step that was cut off began with the third
+    assert train_rl.main(command(parts)) == 0
+    histories = [load_history(directory) for directory in (whole, parts)]
+    assert content(histories[0]) == content(histories[1])
+    states = [torch.load(d / "checkpoint.pt", weights_only=True)["model"] for d in (whole, parts)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize("sampler", ["uniform", "vade"])
+def test_rollouts_beside_updates(tmp_path, sampler):
+    options = ("--eta", "2", "--updates", "6", "--sampler", sampler)
+    assert train_rl.main(command(tmp_path, *options, "--stop-after", "3")) == INTERRUPTED
+    assert train_rl.main(command(tmp_path, *options)) == 0
     history = load_history(tmp_path)
     assert len(history.rewards) == 6
-    assert max(history.staleness) <= 2
+    assert 1 <= max(history.staleness) <= 2
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["eta"] == 2
 
 
@@ -264,24 +307,52 @@ def test_what_fails_in_the_rollouts_thread_is_told(tmp_path, monkeypatch, capsys
     ("options", "message"),
     [
         (["--updates", "0"], "--updates must be positive, got 0"),
-        (["--eta", "-1"], "--eta must be at least 0, got -1"),
+        (["--eta", "-1"], "--eta must be in [0, 2^31), got -1"),
+        (["--seed", "99999999999"], "--seed must be in [0, 2^31), got 99999999999"),
+        (["--group", "1"], "--group must be at least 2, else there is nothing to compare, got 1"),
+        (["--stop-after", "-1"], "--stop-after must be at least 0, got -1"),
+        (["--learning-rate", "inf"], "--learning-rate must be positive, got inf"),
         (["--learning-rate", "0"], "--learning-rate must be positive, got 0.0"),
         (["--threads", "0"], "--threads must be positive, got 0"),
-        (["--layers", "3"], r"layers must be even and in [2, 2], got 3"),
+        (["--layers", "3"], "layers must be even and in [2, 2], got 3"),
+        (["--held-out", "8081"], "pool and held_out must be at most 8100 together, got 20 and 8081"),
+        (["--prompts", "21"], "prompts must be at most the 20 there are, got 21"),
     ],
 )
 def test_bad_options(tmp_path, capsys, options, message):
     assert train_rl.main(command(tmp_path / "out", *options)) == 1
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("_tiny")
 def test_a_directory_of_another_run(tmp_path, capsys):
     assert train_rl.main(command(tmp_path, "--updates", "1")) == 0
-    assert train_rl.main(command(tmp_path, "--updates", "2")) == 1
-    assert "updates: 1 there, 2 now" in capsys.readouterr().err
+    assert train_rl.main(command(tmp_path, "--updates", "1", "--group", "2")) == 1
+    assert "group: 3 there, 2 now" in capsys.readouterr().err
 
 
-def test_settings():
-    assert QUICK.updates < DEFAULT.updates
-    assert DEFAULT.max_tokens == 5  # a space, three digits and a new line
+@pytest.mark.usefixtures("_tiny")
+def test_a_finished_run_goes_on_for_more_updates(tmp_path):
+    assert train_rl.main(command(tmp_path / "a", "--updates", "2")) == 0
+    assert train_rl.main(command(tmp_path / "a")) == 0
+    assert train_rl.main(command(tmp_path / "b")) == 0
+    assert content(load_history(tmp_path / "a")) == content(load_history(tmp_path / "b"))
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_comparing_runs(tmp_path, capsys):
+    directories = [tmp_path / seed for seed in "01"]
+    for directory in directories:
+        directory.mkdir()
+        (directory / ".options.json.partial").touch()  # of a process that was killed
+        assert train_rl.main(command(directory, "--seed", directory.name, "--updates", "2")) == 0
+    capsys.readouterr()
+    assert report.main([*map(str, directories), "--out", str(tmp_path / "both")]) == 0
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "both" / "comparison.md").read_text() + "\n"
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:4]] == ["seed 0", "seed 1"]
+    assert "mean ± standard deviation" in text
+    assert (tmp_path / "both" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert report.main([str(tmp_path / "none"), "--out", str(tmp_path / "both")]) == 1
+    assert "runs must be directories of train-rl, got" in capsys.readouterr().err

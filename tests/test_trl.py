@@ -52,17 +52,15 @@ def trained(trainer_class: type, folder: Path, tokenizer: Any, **changes: Any) -
     config = GRPOConfig(
         output_dir=str(folder),
         use_cpu=True,
-        bf16=False,
         report_to=[],
         logging_steps=1,
         per_device_train_batch_size=8,
         num_generations=4,
         max_completion_length=6,
-        max_steps=2,
         learning_rate=1e-3,
         seed=0,
         model_init_kwargs={"dtype": "float32"},
-        **changes,
+        **{"bf16": False, "max_steps": 2} | changes,
     )
     prompts = datasets.Dataset.from_dict({"prompt": ["a b c d e", "f g h"] * 8})
 
@@ -102,5 +100,32 @@ def test_training_is_that_of_trl(tmp_path, tokenizer, changes):
     want, want_losses = trained(GRPOTrainer, tmp_path / "a", copy.deepcopy(tokenizer), **changes)
     got, losses = trained(SharedPrefixGRPOTrainer, tmp_path / "b", copy.deepcopy(tokenizer), **changes)
     assert losses == pytest.approx(want_losses, abs=1e-4)
-    for a, b in zip(got.parameters(), want.parameters(), strict=True):
+    for a, b, c in zip(got.parameters(), want.parameters(), tiny_llama().parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+        assert float((a - c).abs().max()) > 1e-3  # so it has moved by more
+
+
+def test_mixed_precision_is_that_of_trl(tmp_path, tokenizer):
+    """TRL's default, bf16=True, is autocast; the first update, before rollouts part."""
+    from trl import GRPOTrainer
+
+    changes = {"bf16": True, "max_steps": 1, "max_grad_norm": 0.0, "optim": "sgd"}
+    moved = []
+    for trainer_class in (GRPOTrainer, SharedPrefixGRPOTrainer):
+        model, _ = trained(
+            trainer_class, tmp_path / trainer_class.__name__, copy.deepcopy(tokenizer), **changes
+        )
+        start = tiny_llama()
+        moved.append(
+            torch.cat(
+                [(a - b).flatten() for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+            )
+        )
+    assert (moved[0] - moved[1]).norm() < 0.05 * moved[0].norm()
+
+
+def test_several_processes_are_refused(tmp_path, tokenizer, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", property(lambda _: 2))
+    with pytest.raises(ValueError, match="processes must be one with shared prefixes, got 2"):
+        trained(SharedPrefixGRPOTrainer, tmp_path, copy.deepcopy(tokenizer))

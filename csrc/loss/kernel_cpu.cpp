@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Log-probabilities of chosen tokens, from logits x [T, vocab]. With z = x / temperature and m = max z
+// Log-probabilities of chosen tokens, from logits x [T, vocab]. With m = max x and z = (x - m) / temperature
 //
-//     s = sum_v e^(z_v - m)     lse = m + log s       logprob = z_y - lse
-//     u = sum_v e^(z_v - m) (z_v - m)                 entropy = log s - u / s
+//     s = sum_v e^z_v           lse = m / temperature + log s       logprob = z_y - log s
+//     u = sum_v e^z_v z_v                                           entropy = log s - u / s
 //
-// and back, of gradients g of a row's logprob and h of its entropy H, with p_v = e^(z_v - lse),
+// (the difference first: rounded after the division, a probability could be more than 1) and back, of
+// gradients g of a row's logprob and h of its entropy H, with p_v = e^(x_v / temperature - lse),
 //
 //     dx_v = (g [v = y] - p_v (g + h (log p_v + H))) / temperature
 //
 // A row is read once, in blocks that stay in L1: the block's maximum, then its exponentials. What m was
 // before scales s and u down. A worker owns a row.
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/chunks.h"
@@ -57,17 +59,16 @@ struct Rows {
         const T value = S::to_scalar(x[i]);
         highest = value > highest ? value : highest;
       }
-      highest *= inverse;
       if (highest > most) {
-        const double scale = std::exp(double(most) - double(highest));
-        weighted = sum == 0 ? 0 : scale * (weighted + sum * (double(most) - double(highest)));
+        const double rise = (double(most) - double(highest)) * inverse, scale = std::exp(rise);
+        weighted = sum == 0 ? 0 : scale * (weighted + sum * rise);
         sum *= scale;
         most = highest;
       }
       V s = S::zero(), u = S::zero();
       const V m = S::splat(most == -T(INFINITY) ? T(0) : most), least = S::splat(T(kLeastLogit));
       each_vector(x, begin, end, [&](V v, int64_t, int n) {
-        const V z = S::max(v * inverse - m, least);
+        const V z = S::max((v - m) * inverse, least);
         V e = S::exp(z);
         if (n < L) e = first_lanes(e, n);
         s += e;
@@ -77,9 +78,9 @@ struct Rows {
       weighted += double(S::sum(u));
     }
     const double log_sum = std::log(sum);
-    static_cast<T*>(p.lse)[row] = T(double(most) + log_sum);
+    static_cast<T*>(p.lse)[row] = T(double(most) * inverse + log_sum);
     static_cast<T*>(p.logprobs)[row] =
-        T(double(S::to_scalar(x[p.targets[row]]) * inverse) - double(most) - log_sum);
+        T((double(S::to_scalar(x[p.targets[row]])) - double(most)) * inverse - log_sum);
     if (entropy) static_cast<T*>(p.entropies)[row] = T(log_sum - weighted / sum);
   }
 
@@ -113,7 +114,7 @@ struct Rows {
       else
         S::store_n(x + i, d, n);
     });
-    const T z = at_target * inverse - lse;
+    const T z = std::max(at_target * inverse - lse, T(kLeastLogit));
     const T factor = g + (h == 0 ? T(0) : h * (z + static_cast<const T*>(p.entropies)[row]));
     S::from_scalar(x[y], (g - S::exp(S::splat(z))[0] * factor) * inverse);
   }

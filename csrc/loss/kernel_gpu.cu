@@ -2,9 +2,9 @@
 // Log-probabilities of chosen tokens on the GPU; kernel_cpu.cpp has the equations.
 //
 // A block owns a row and reads it once, 16 bytes per thread and access. A thread keeps (m, s, u) of what it
-// has seen; pairs are then combined over lanes and warps,
+// has seen; pairs are then combined over lanes and warps, with t = 1 / temperature,
 //
-//     m = max(m1, m2)    s = s1 e^(m1 - m) + s2 e^(m2 - m)    u = sum_i e^(mi - m) (ui + si (mi - m)),
+//     m = max(m1, m2)    di = t (mi - m)    s = s1 e^d1 + s2 e^d2    u = sum_i e^di (ui + si di),
 //
 // in an order that depends on nothing. Backward reads and writes a row once.
 #include <algorithm>
@@ -28,10 +28,11 @@ struct LogprobsShared {
 
 __device__ __forceinline__ float e_to(float x) { return ptx::ex2(x * kLog2e); }
 
-__device__ __forceinline__ Seen combine(const Seen& a, const Seen& b) {
+__device__ __forceinline__ Seen combine(const Seen& a, const Seen& b, float inverse) {
   const float most = fmaxf(a.most, b.most);
   if (most == -INFINITY) return {most, a.sum + b.sum, a.weighted + b.weighted};  // nothing yet, or NaN
-  const float da = fmaxf(a.most - most, kLeastLogit), db = fmaxf(b.most - most, kLeastLogit);
+  const float da = fmaxf((a.most - most) * inverse, kLeastLogit);
+  const float db = fmaxf((b.most - most) * inverse, kLeastLogit);
   const float ea = e_to(da), eb = e_to(db);
   return {most, a.sum * ea + b.sum * eb, ea * (a.weighted + a.sum * da) + eb * (b.weighted + b.sum * db)};
 }
@@ -67,11 +68,11 @@ __global__ void __launch_bounds__(kThreads) gather_logprobs_kernel(const __grid_
   Seen seen{-INFINITY, 0, 0};
   each_pack(row, p.vocab, [&](int64_t, int count, const Pack<E, kWidth>& pack) {
     float top = seen.most;
-    for (int k = 0; k < count; ++k) top = fmaxf(top, widen(pack.value[k]) * inverse);
-    if (top > seen.most) seen = combine(seen, {top, 0, 0});
+    for (int k = 0; k < count; ++k) top = fmaxf(top, widen(pack.value[k]));
+    if (top > seen.most) seen = combine(seen, {top, 0, 0}, inverse);
     const float shift = seen.most == -INFINITY ? 0.0f : seen.most;
     for (int k = 0; k < count; ++k) {
-      const float z = widen(pack.value[k]) * inverse - shift;
+      const float z = (widen(pack.value[k]) - shift) * inverse;
       const float kept = z < kLeastLogit ? kLeastLogit : z;  // NaN stays
       const float e = e_to(kept);
       seen.sum += e;
@@ -82,17 +83,18 @@ __global__ void __launch_bounds__(kThreads) gather_logprobs_kernel(const __grid_
   for (int step = 1; step < kLanes; step *= 2) {
     const Seen other{shuffle_xor(seen.most, step), shuffle_xor(seen.sum, step),
                      shuffle_xor(seen.weighted, step)};
-    seen = (lane() & step) == 0 ? combine(seen, other) : combine(other, seen);
+    seen = (lane() & step) == 0 ? combine(seen, other, inverse) : combine(other, seen, inverse);
   }
   if (lane() == 0) shared.seen[warp()] = seen;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; ++w) seen = combine(seen, shared.seen[w]);
+  for (int w = 1; w < kWarps; ++w) seen = combine(seen, shared.seen[w], inverse);
   const float log_sum = log2f(seen.sum) * kLn2;
-  static_cast<float*>(p.lse)[index] = seen.most + log_sum;
+  static_cast<float*>(p.lse)[index] = seen.most * inverse + log_sum;
   const int64_t target = p.targets[index];
   const bool known = target >= 0 && target < p.vocab;
-  static_cast<float*>(p.logprobs)[index] = known ? widen(row[target]) * inverse - seen.most - log_sum : NAN;
+  static_cast<float*>(p.logprobs)[index] =
+      known ? (widen(row[target]) - seen.most) * inverse - log_sum : NAN;
   if (p.entropies != nullptr) static_cast<float*>(p.entropies)[index] = log_sum - seen.weighted / seen.sum;
 }
 

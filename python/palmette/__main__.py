@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -81,4 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if {*sys.argv[1:2]} & (COMMANDS.keys() - {"env"}):
+        with contextlib.suppress(ImportError):  # the command says what is missing
+            from palmette.pipelines.long_runs import keep_freed_memory
+
+            keep_freed_memory()
     sys.exit(main())

@@ -19,6 +19,7 @@ from palmette._attend import state_dtype
 from palmette._checks import (
     FLOATING,
     INDEX,
+    check_at_least,
     check_choice,
     check_device,
     check_dim,
@@ -30,7 +31,7 @@ from palmette._checks import (
 
 _ops = torch.ops.palmette
 
-CHUNK_BYTES = 64 << 20  # of logits that are alive at a time, at most, if a row fits
+CHUNK_BYTES = 256 << 20  # of logits that are alive at a time, at most, if a row fits
 
 
 def token_logprobs(
@@ -53,7 +54,7 @@ def token_logprobs(
         targets: [T], int32 or int64, each in [0, vocab). On a GPU nobody looks: one out of range gives NaN.
         temperature: positive; logits are divided by it, as in sampling.
         return_entropy: also return the entropies of the distributions, in nats.
-        chunk_bytes: of logits that may be alive. Default: 64 MiB. Results do not depend on it beyond the
+        chunk_bytes: of logits that may be alive. Default: 256 MiB. Results do not depend on it beyond the
             rounding of matrix products.
 
     Returns:
@@ -67,8 +68,7 @@ def token_logprobs(
     Source: AReaL and GRPO divide logits by the temperature of the rollout (arXiv 2505.24298, 2402.03300).
     """
     targets = check_head(hidden, weight, targets, temperature)
-    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
+    check_at_least(1, chunk_bytes=chunk_bytes)
     logprobs, entropies = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, float(temperature), return_entropy, chunk_bytes
     )
@@ -97,9 +97,11 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
     return targets
 
 
-def chunk_rows(vocab: int, dtype: torch.dtype, chunk_bytes: int) -> int:
-    """Tokens whose logits are computed together."""
-    return max(1, chunk_bytes // (vocab * state_dtype(dtype).itemsize))
+def chunk_rows(tokens: int, vocab: int, dtype: torch.dtype, chunk_bytes: int) -> int:
+    """Tokens whose logits are computed together: products of few rows are slow, so chunks are even."""
+    most = max(1, chunk_bytes // (vocab * state_dtype(dtype).itemsize))
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
 
 
 class LogitsBuffer:
@@ -113,7 +115,12 @@ class LogitsBuffer:
         rows, vocab = hidden.shape[0], weight.shape[0]
         memory = self._memory
         like = (hidden.dtype, hidden.device)
-        if memory is None or memory.numel() < rows * vocab or (memory.dtype, memory.device) != like:
+        if (
+            memory is None
+            or memory.numel() < rows * vocab
+            or (memory.dtype, memory.device) != like
+            or memory.is_inference() != torch.is_inference_mode_enabled()
+        ):
             memory = self._memory = hidden.new_empty(rows * vocab)
         return torch.mm(hidden, weight.T, out=memory[: rows * vocab].view(rows, vocab))
 
@@ -138,7 +145,7 @@ class _TokenLogprobs(torch.autograd.Function):
         rows = len(targets)
         logprobs, lse = (hidden.new_empty(rows, dtype=dtype) for _ in range(2))
         entropies = hidden.new_empty(rows if entropy else 0, dtype=dtype)
-        step = chunk_rows(weight.shape[0], hidden.dtype, chunk_bytes)
+        step = chunk_rows(rows, weight.shape[0], hidden.dtype, chunk_bytes)
         wide, buffer = widened(weight), LogitsBuffer()
         for begin in range(0, rows, step):
             part = slice(begin, begin + step)
@@ -165,23 +172,24 @@ class _TokenLogprobs(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(wide) if wants_weight else None
-        for begin in range(0, len(targets), step):
-            part = slice(begin, begin + step)
-            rows = widened(hidden[part])
-            logits = buffer.product(rows, wide)
-            _ops.gather_logprobs_backward_(
-                None if dlogprobs is None else dlogprobs[part].contiguous(),
-                None if dentropies is None else dentropies[part].contiguous(),
-                logits,
-                targets[part],
-                lse[part],
-                entropies[part] if entropy else None,
-                temperature,
-            )
-            if dhidden is not None:
-                dhidden[part] = logits @ wide
-            if dweight is not None:
-                dweight.addmm_(logits.T, rows)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for begin in range(0, len(targets), step):
+                part = slice(begin, begin + step)
+                rows = widened(hidden[part])
+                logits = buffer.product(rows, wide)
+                _ops.gather_logprobs_backward_(
+                    None if dlogprobs is None else dlogprobs[part].contiguous(),
+                    None if dentropies is None else dentropies[part].contiguous(),
+                    logits,
+                    targets[part],
+                    lse[part],
+                    entropies[part] if entropy else None,
+                    temperature,
+                )
+                if dhidden is not None:
+                    dhidden[part] = logits @ wide
+                if dweight is not None:
+                    dweight.addmm_(logits.T, rows)
         return (
             dhidden,
             None if dweight is None else dweight.to(weight.dtype),
@@ -221,13 +229,14 @@ def policy_loss(
 
     Args:
         logprobs: [T], float32 or float64: of the tokens under the policy that is trained.
-        advantages: [T], or one number per token in any shape that broadcasts to it.
+        advantages: [T], or one number for all of them.
         old_logprobs: [T], under the policy that the step starts from (decoupled PPO: the proximal policy).
             Default: ``logprobs.detach()``, an on-policy step, u = 1.
-        behavior_logprobs: [T], under the policy that sampled the tokens. Default: None, the old policy did.
+        behavior_logprobs: [T], under the policy that sampled the tokens; for a correction. Default: None, the
+            old policy did.
         ref_logprobs: [T], under a reference policy. Needed where kl is not 0.
         clip: how far u may be from 1 before its gradient stops; (below, above) for two bounds.
-        dual_clip: c > 1, bounds the loss of tokens with A < 0. Default: no bound.
+        dual_clip: c >= 1, bounds the loss of tokens with A < 0. Default: no bound.
         kl: coefficient of the divergence from ref_logprobs. Default: 0.
         correction: ``"clamp"``: w is at most correction_cap; ``"mask"``: tokens with a larger w lose their
             loss (not their part of the denominator). Default: None, w = 1.
@@ -240,7 +249,7 @@ def policy_loss(
             sequences of their tokens' means; ``"sum"``; ``"none"``: [T].
 
     Returns:
-        A scalar, or [T]. Differentiable to logprobs.
+        A scalar, or [T]. Differentiable to logprobs and to nothing else.
 
     Raises:
         ValueError: shapes or dtypes do not fit, an option is unknown, or another argument is needed for it.
@@ -258,13 +267,20 @@ def policy_loss(
         if other is not None:
             check_dtype(name, other, FLOATING)
             check_shape(name, other, "[T]", logprobs.shape)
-    if isinstance(advantages, Tensor) and advantages.dim() > 0:
+    try:
+        advantages = torch.as_tensor(advantages, dtype=logprobs.dtype, device=logprobs.device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"advantages must be numbers, got {type(advantages).__name__}") from None
+    if advantages.dim() > 0:
         check_shape("advantages", advantages, "[T]", logprobs.shape)
-    below, above = clip if isinstance(clip, tuple) else (clip, clip)
+    bounds = tuple(clip) if isinstance(clip, (tuple, list)) else (clip, clip)
+    if len(bounds) != 2:
+        raise ValueError(f"clip must be a number or (below, above), got {clip!r}")
+    below, above = bounds
     check_number("clip", below, 0, math.inf)
     check_number("clip", above, 0, math.inf)
     if dual_clip is not None:
-        check_number("dual_clip", dual_clip, 1, math.inf)
+        check_number("dual_clip", dual_clip, 1, 1e6)
     check_number("kl", kl, 0, math.inf)
     check_number("correction_cap", correction_cap, 1e-12, math.inf)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -273,6 +289,10 @@ def policy_loss(
         check_choice("correction", correction, CORRECTIONS)
         if behavior_logprobs is None:
             raise ValueError("behavior_logprobs must be given where correction is, got None")
+    elif behavior_logprobs is not None:
+        raise ValueError(
+            f"correction must be one of {', '.join(CORRECTIONS)} where behavior_logprobs is given, got None"
+        )
     if kl != 0 and ref_logprobs is None:
         raise ValueError("ref_logprobs must be given where kl is not 0, got None")
     sequence = None
@@ -281,27 +301,35 @@ def policy_loss(
             raise ValueError("cu_seqlens must be given for sequences, got None")
         sequence = _sequences(cu_seqlens, logprobs)
 
-    advantages = torch.as_tensor(advantages, dtype=logprobs.dtype, device=logprobs.device)
-    old = logprobs.detach() if old_logprobs is None else old_logprobs.to(logprobs.dtype)
-    ratio = torch.exp(logprobs - old)
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - below, 1 + above))
-    if dual_clip is not None:
-        loss = torch.minimum(loss, dual_clip * advantages.abs())
-    if correction is not None:
-        assert behavior_logprobs is not None
-        with torch.no_grad():
+    old = (logprobs if old_logprobs is None else old_logprobs.to(logprobs.dtype)).detach()
+    with torch.no_grad():
+        ratio = torch.exp(logprobs - old)
+        weight = torch.ones_like(ratio)
+        if correction is not None:
+            assert behavior_logprobs is not None
             log_weight = old - behavior_logprobs.to(logprobs.dtype)
             if correction_level == "sequence":
                 assert sequence is not None
                 log_weight = _mean_of_sequences(log_weight, *sequence)[sequence[0]]
             weight = log_weight.exp()
-            capped = weight.clamp(max=correction_cap)
             if correction == "mask":
-                capped = torch.where(weight > correction_cap, 0.0, weight)
-        loss = torch.where(capped == 0, 0.0, capped * loss)
+                weight = torch.where(weight <= correction_cap, weight, 0.0)
+            else:
+                weight = weight.clamp(max=correction_cap)
+        # where the loss is a constant, a product with the ratio's gradient would be 0 times infinity
+        dead = (advantages == 0) | (weight == 0)
+        clipped = torch.where(advantages > 0, ratio > 1 + above, ratio < 1 - below)
+        constant = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - below, 1 + above))
+        if dual_clip is not None:
+            clipped |= (advantages < 0) & (ratio > dual_clip)
+            constant = torch.minimum(constant, dual_clip * advantages.abs())
+        constant = torch.where(dead, 0.0, weight * constant)
+    moving = ~(dead | clipped)
+    log_ratio = torch.where(moving, logprobs - old, 0.0)
+    loss = torch.where(moving, -weight * advantages * torch.exp(log_ratio), constant)
     if kl != 0:
         assert ref_logprobs is not None
-        difference = ref_logprobs.to(logprobs.dtype) - logprobs
+        difference = ref_logprobs.to(logprobs.dtype).detach() - logprobs
         loss = loss + kl * (torch.expm1(difference) - difference)
     if reduction == "none":
         return loss
@@ -327,14 +355,17 @@ def group_advantages(rewards: Tensor, *, normalize: bool = True, eps: float = 1e
         [..., G]; 0 where a group's rewards are equal.
 
     Raises:
-        ValueError: rewards has no dimension, or is not floating-point.
+        ValueError: rewards is not floating-point, or has no rollouts.
 
     Source: GRPO (arXiv 2402.03300), section 4.1.2; Dr. GRPO (arXiv 2503.20783).
     """
     check_dtype("rewards", rewards, FLOATING)
-    if rewards.dim() == 0:
-        raise ValueError("rewards must be [..., G], got a scalar")
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    check_number("eps", eps, 1e-12, 1e6)
+    if rewards.dim() == 0 or rewards.shape[-1] == 0:
+        got = "a scalar" if rewards.dim() == 0 else list(rewards.shape)
+        raise ValueError(f"rewards must be [..., G] with G of at least 1, got {got}")
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # their mean may be rounded
+    centred = torch.where(equal, 0.0, rewards - rewards.mean(-1, keepdim=True))
     if rewards.shape[-1] < 2 or not normalize:
         return centred
     return centred / (rewards.std(-1, keepdim=True) + eps)

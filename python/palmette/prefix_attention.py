@@ -45,6 +45,7 @@ class PrefixPlan:
         prefix, own: the plans over the prefix's keys and over the microbatch's own.
         prefix_len, num_rows: what they were made for.
         window: keys that a row sees at most, 0: all.
+        num_q_heads, num_kv_heads, head_dim: of the attention.
     """
 
     prefix: PlanTensors
@@ -52,6 +53,9 @@ class PrefixPlan:
     prefix_len: int
     num_rows: int
     window: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
 
 
 def plan_prefix_attention(
@@ -62,7 +66,7 @@ def plan_prefix_attention(
     num_kv_heads: int,
     head_dim: int,
     window: int | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
 ) -> PrefixPlan:
     """The plan of a microbatch: rows that come after a prefix of ``prefix_len`` tokens.
 
@@ -81,6 +85,7 @@ def plan_prefix_attention(
     check_at_least(1, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     if window is not None:
         check_at_least(1, window=window)
+    device = None if device is None else torch.device(device)
     heads: dict[str, Any] = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     target = "cpu" if device is None or device.type == "cpu" else "gpu"
     keys = 0 if window is None or window >= 2**31 else window
@@ -107,7 +112,7 @@ def plan_prefix_attention(
         # row i of a query table is the same row of q in both, and its depth is what a window counts from
         prefix[1][2, :rows] = own[1][2, :rows] + prefix_len
     prefix, own = (plan_tensors(on_device(tables, device)) for tables in (prefix, own))
-    return PrefixPlan(prefix, own, prefix_len, rows, keys)
+    return PrefixPlan(prefix, own, prefix_len, rows, keys, **heads)
 
 
 def prefix_attention(
@@ -193,6 +198,8 @@ def prefix_attention(
             window=window,
             device=q.device,
         )
+    elif not isinstance(plan, PrefixPlan):
+        raise ValueError(f"plan must be a PrefixPlan, got {type(plan).__name__}")
     elif window is not None:
         raise ValueError(f"window must be None where plan is given, which has its own, got {window}")
     if (plan.num_rows, plan.prefix_len) != (q.shape[0], k_prefix.shape[0]):
@@ -200,6 +207,13 @@ def prefix_attention(
             f"plan must be of {q.shape[0]} rows behind a prefix of {k_prefix.shape[0]}, got one of "
             f"{plan.num_rows} behind {plan.prefix_len}"
         )
+    for name, got, wanted in (
+        ("heads of q", q.shape[1], plan.num_q_heads),
+        ("heads of k", k.shape[1], plan.num_kv_heads),
+        ("head_dim", q.shape[2], plan.head_dim),
+    ):
+        if got != wanted:
+            raise ValueError(f"{name} must be the plan's {wanted}, got {got}")
     gk, gv = (None, None) if prefix_grad is None else _check_prefix_grad(prefix_grad, k_prefix, v_prefix)
     q, k_prefix, v_prefix, k, v = (
         x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k_prefix, v_prefix, k, v)
@@ -239,7 +253,10 @@ def _check_prefix_grad(
                 "k_prefix and v_prefix must be detached where prefix_grad is given, got tensors that require "
                 "gradients"
             )
-    return prefix_grad[0], prefix_grad[1]
+    gk, gv = prefix_grad
+    if gk is gv:
+        raise ValueError("prefix_grad must be two buffers, got the same one twice")
+    return gk, gv
 
 
 class _PrefixAttention(torch.autograd.Function):

@@ -21,7 +21,7 @@ from palmette.tree import Tree
 
 from ._extras import require
 
-require("transformers", "palmette.pipelines.SharedPrefixSchedule")
+require("transformers", "palmette.pipelines.SharedPrefixSchedule", install="'palmette[transformers]'")
 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
@@ -43,6 +43,7 @@ class PrefixStack:
         self.capacity, self.gradients = capacity, gradients
         self._keys: dict[int, tuple[Tensor, Tensor]] = {}
         self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._storages: set[int] = set()
 
     def prefix(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first ``length`` tokens."""
@@ -62,6 +63,8 @@ class PrefixStack:
                 self._sums[layer] = tuple(  # type: ignore[assignment]
                     x.new_empty((self.capacity, *x.shape[1:]), dtype=state_dtype(x.dtype)) for x in (k, v)
                 )
+            pools = (*self._keys[layer], *self._sums.get(layer, ()))
+            self._storages |= {t.untyped_storage().data_ptr() for t in pools}
         part = slice(begin, begin + len(k))
         for pool, x in zip(self._keys[layer], (k, v), strict=True):
             # by .data: graphs have saved views of rows before these, which stay as they are
@@ -70,10 +73,9 @@ class PrefixStack:
             for pool in self._sums[layer]:
                 pool[part] = 0
 
-    def storages(self) -> set[int]:
-        """Addresses of its memory."""
-        pools = [t for tables in (self._keys, self._sums) for pair in tables.values() for t in pair]
-        return {t.untyped_storage().data_ptr() for t in pools}
+    def holds(self, storage: int) -> bool:
+        """Is this address that of its memory?"""
+        return storage in self._storages
 
 
 class PrefixPass:
@@ -89,6 +91,7 @@ class PrefixPass:
 
     Attributes:
         kept: by layer, the keys and values [T, Hk, D] of this forward's tokens, with their graph.
+        layers: that have attended.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class PrefixPass:
         self.rows, self.prefix_len, self.stack = rows, prefix_len, stack
         self.keep, self.write, self.graph = keep, write, graph
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: set[int] = set()
         self._plans: dict[tuple[int, int, int, int | None], PrefixPlan] = {}
 
     def _plan(self, q: Tensor, k: Tensor, window: int | None) -> PrefixPlan:
@@ -137,6 +141,7 @@ class PrefixPass:
                 "gradient checkpointing must not be the reentrant one, got use_reentrant=True: keys and "
                 "values have no graph in it"
             )
+        self.layers.add(layer)
         plan = self._plan(q, k, window)
         if self.prefix_len == 0:
             out, _ = attend(q, k, v, plan.own, scale=scale, softcap=softcap, window=window)
@@ -168,7 +173,7 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    prefix_pass: PrefixPass,
+    prefix_pass: PrefixPass | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -177,11 +182,17 @@ def attention_forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: query [1, Hq, T, D], key and value [1, Hk, T, D] -> out [1, T, Hq, Dv]."""
+    if prefix_pass is None:
+        raise ValueError(
+            "model must not be called by others while a step of it runs, got a call (in loss_fn?)"
+        )
     if dropout:
         raise ValueError(f"attention_dropout must be 0 behind a shared prefix, got {dropout}")
     if s_aux is not None:
         raise ValueError("attention sinks must be None behind a shared prefix, got a tensor")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type):  # as for PyTorch's own attention
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     layer: Any = module.layer_idx
     out = prefix_pass.attend(
         int(layer), q, k, v, scale=scaling, softcap=softcap or 0.0, window=sliding_window
@@ -198,9 +209,13 @@ def prefix_attention_of(model: Any) -> Iterator[None]:
     """Within, the model attends behind a prefix; afterwards as before."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _no_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION_NAME)
+    config = model.config
+    before = {"": config._attn_implementation}
+    for name in getattr(config, "sub_configs", None) or {}:
+        if (part := getattr(config, name, None)) is not None:
+            before[name] = part._attn_implementation
     try:
+        model.set_attn_implementation(ATTENTION_NAME)
         yield
     finally:
         model.set_attn_implementation(before)

@@ -22,7 +22,7 @@ from palmette.tree import Tree
 from ..pipelines.shared_prefix import SharedPrefixSchedule
 from ._extras import require
 
-require("trl", "palmette.integrations.trl")
+require("trl", "palmette.integrations.trl", install="'palmette[trl]'")
 
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 
@@ -37,7 +37,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     Raises:
         ValueError: the options want an entropy bonus or a load-balancing loss, whose gradients this does not
-            compute.
+            compute, or there are several processes: nothing would sum their gradients.
 
     The model must be one that ``SharedPrefixSchedule`` can run. Log-probabilities are computed once more than
     TRL does, without a graph, because a loss of TRL's is known only when all of them are.
@@ -48,6 +48,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(*args, **options)
         self.shared_prefix_mode, self.shared_prefix_tokens = mode, microbatch_tokens
+        self._shared_prefix_schedule: SharedPrefixSchedule | None = None
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"processes must be one with shared prefixes, got {self.accelerator.num_processes}"
+            )
         if getattr(self, "_entropy_bonus_enabled", False):
             raise ValueError("entropy_coef must be 0 with shared prefixes, got an entropy bonus")
         if getattr(self, "aux_loss_enabled", False):
@@ -68,14 +73,19 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if given:
             raise ValueError(f"inputs must be text with shared prefixes, got {', '.join(given)}")
         policy = self.accelerator.unwrap_model(model)
-        schedule = SharedPrefixSchedule(
-            policy, self.shared_prefix_mode, temperature=float(self.temperature), aux_loss=0.0
-        )
+        schedule = self._shared_prefix_schedule
+        if schedule is None or schedule.model is not policy:  # TRL's reference model comes here too
+            schedule = SharedPrefixSchedule(
+                policy, self.shared_prefix_mode, temperature=float(self.temperature), aux_loss=0.0
+            )
+            if self._shared_prefix_schedule is None:
+                self._shared_prefix_schedule = schedule
         tree, token_ids, places = share_prompts(input_ids, attention_mask, logits_to_keep)
         run = schedule.differentiable_logprobs if torch.is_grad_enabled() else schedule.logprobs
-        found = run(
-            tree, token_ids, microbatch_tokens=self.shared_prefix_tokens, return_entropy=compute_entropy
-        )
+        with self.accelerator.autocast():  # the schedule calls the decoder, not the wrapped forward
+            found = run(
+                tree, token_ids, microbatch_tokens=self.shared_prefix_tokens, return_entropy=compute_entropy
+            )
 
         def of_rows(values: Tensor) -> Tensor:
             return torch.where(places >= 0, values[places.clamp(min=0)], values.new_zeros(()))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .records import Completion, Node
-from .sampling import token_logprobs
+from .sampling import logprobs_of
 from .slots import SlotPool
 
 
@@ -154,7 +154,7 @@ class DecodedTree:
         )  # a row of its own: a view would keep the whole step's logits alive
         logprobs = [0.0] * count
         if tokens is not None:
-            logprobs = token_logprobs(parent.logits.expand(count, -1), torch.tensor(tokens)).tolist()
+            logprobs = logprobs_of(parent.logits.expand(count, -1), torch.tensor(tokens)).tolist()
         for index, child in enumerate(children):
             self._nodes[child] = record = Node(node, parent.start + len(parent.tokens), logits=parent.logits)
             if tokens is not None:
@@ -192,7 +192,7 @@ class DecodedTree:
             self._check_leaf(node)
             if self._nodes[node].pending is not None:
                 raise ValueError(f"node must have no pending token, got {node}: call step() first")
-            logprob = token_logprobs(self.logits([node]), torch.tensor([token]))
+            logprob = logprobs_of(self.logits([node]), torch.tensor([token]))
             self._nodes[node].pending = (token, float(logprob))
 
     # ---- for the decoder

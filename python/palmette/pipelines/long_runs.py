@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shlex
@@ -64,7 +65,8 @@ def claim(directory: Path, options: dict[str, Any]) -> None:
                 f"({'; '.join(differences)}): name another one, or remove it"
             )
         return
-    if directory.exists() and any(directory.iterdir()):
+    begun = f".{file.name}.partial"  # of a process that was killed while it was here
+    if directory.exists() and any(path.name != begun for path in directory.iterdir()):
         raise ValueError(f"--out must be a new or empty directory, or one of an earlier run, got {directory}")
     directory.mkdir(parents=True, exist_ok=True)
     write_json(file, options)
@@ -142,6 +144,20 @@ def use_threads(count: int | None) -> None:
     if count < 1:
         raise ValueError(f"--threads must be positive, got {count}")
     torch.set_num_threads(count)
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep memory that is freed for what is allocated next.
+
+    Every step frees its activations and allocates those of the next. By default glibc gives the pages back
+    in between, and the next step waits until the kernel has cleared new ones: 4 to 11% of the time of an
+    update of SmolLM2 on two cores. For the process's whole life; nothing happens where the C library is
+    another one.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
 
 
 def run_command(

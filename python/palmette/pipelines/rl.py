@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palmette._checks import check_at_least, check_dtype, check_number, check_shape
+from palmette._checks import (
+    FLOATING,
+    INDEX,
+    check_at_least,
+    check_dim,
+    check_dtype,
+    check_number,
+    check_shape,
+)
 
 
 class VadeSampler:
@@ -43,8 +51,10 @@ class VadeSampler:
         generator: torch.Generator | None = None,
     ) -> None:
         check_at_least(1, count=count)
+        if not isinstance(prior, (tuple, list)) or len(prior) != 2:
+            raise ValueError(f"prior must be (alpha, beta), got {prior!r}")
         for name, value in zip(("prior's alpha", "prior's beta"), prior, strict=True):
-            check_number(name, value, 1e-6, 1e6)
+            check_number(name, value, 0.01, 1e6)  # draws of smaller ones round to 0
         check_number("decay", decay, 0, 1)
         self.prior, self.decay, self.generator = prior, float(decay), generator
         self.alpha = torch.full((count,), float(prior[0]), dtype=torch.float64)
@@ -74,7 +84,12 @@ class VadeSampler:
             ValueError: shapes do not fit, or a number is out of range.
         """
         check_dtype("prompts", prompts, [torch.int64])
+        check_dim("prompts", prompts, "[B]")
+        check_dtype("successes", successes, (*FLOATING, *INDEX))
         check_shape("successes", successes, "[B]", prompts.shape)
+        check_at_least(1, group=group)
+        if len(prompts) and not 0 <= int(prompts.min()) <= int(prompts.max()) < len(self.alpha):
+            raise ValueError(f"prompts must be in [0, {len(self.alpha)}), got {prompts.tolist()}")
         if len(successes) and not 0 <= float(successes.min()) <= float(successes.max()) <= group:
             raise ValueError(f"successes must be in [0, {group}], got {successes.tolist()}")
         for counts, prior in zip((self.alpha, self.beta), self.prior, strict=True):
@@ -86,7 +101,11 @@ class VadeSampler:
         return {"alpha": self.alpha.clone(), "beta": self.beta.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_shape("alpha", state["alpha"], "[count]", self.alpha.shape)
+        for name in ("alpha", "beta"):
+            check_dtype(name, state.get(name), [torch.float64])  # type: ignore[arg-type]
+            check_shape(name, state[name], "[count]", self.alpha.shape)
+            if not bool((state[name] > 0).all()):
+                raise ValueError(f"{name} must be positive, got {float(state[name].min())}")
         self.alpha, self.beta = state["alpha"].clone(), state["beta"].clone()
 
 
@@ -129,8 +148,15 @@ class StalenessGate:
         return max(0, by_age)
 
     def start(self, count: int = 1, timeout: float | None = None) -> bool:
-        """Waits until ``count`` may start, and starts them; False after ``timeout`` seconds."""
+        """Waits until ``count`` may start, and starts them; False after ``timeout`` seconds.
+
+        Raises:
+            ValueError: so many may never start together.
+        """
         check_at_least(1, count=count)
+        most = min(self.max_concurrent or count, (self.eta + 1) * self.batch)
+        if count > most:
+            raise ValueError(f"count must be at most {most}, else it would never start, got {count}")
         with self._changed:
             if not self._changed.wait_for(lambda: self.capacity >= count, timeout):
                 return False
@@ -143,6 +169,7 @@ class StalenessGate:
         Raises:
             ValueError: fewer are running.
         """
+        check_at_least(1, count=count)
         with self._changed:
             if count > self.running:
                 raise ValueError(f"count must be at most the {self.running} that run, got {count}")

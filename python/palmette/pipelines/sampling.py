@@ -66,7 +66,7 @@ def choose_tokens(
     return drawn[:, 0]
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Log-probability float32 [rows] of ``tokens`` [rows] under ``logits`` [rows, vocab]."""
     logits = logits.float()
     return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)

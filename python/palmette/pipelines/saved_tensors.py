@@ -52,13 +52,15 @@ class OffloadedTensors:
     def _pack(self, tensor: Tensor) -> Any:
         size = tensor.numel() * tensor.element_size()
         if size < LEAST_BYTES or self._keeps(tensor.untyped_storage().data_ptr()):
-            return tensor
+            return tensor.detach()  # with its graph it would hold itself, and the file, for ever
         if tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return tensor.device, host.copy_(tensor)
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="palmette-")  # noqa: SIM115  closed with the graph
-        content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+        content = (
+            tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
+        )
         place = _Place(self._end, tensor.shape, tensor.dtype)
         done = 0
         while done < size:

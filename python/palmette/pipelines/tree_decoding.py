@@ -15,7 +15,7 @@ import torch
 
 from .decoded_tree import DecodedTree
 from .records import Node, Step, TreeBatch, Verified
-from .sampling import check_sampling, choose_tokens, probabilities, token_logprobs
+from .sampling import check_sampling, choose_tokens, logprobs_of, probabilities
 from .token_trees import Paths, TokenTree
 
 
@@ -210,7 +210,7 @@ class TreeDecoder(DecodedTree):
             tokens = choose_tokens(
                 logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
             )
-            logprobs = token_logprobs(logits, tokens).tolist()
+            logprobs = logprobs_of(logits, tokens).tolist()
             for node, token, logprob in zip(open_nodes, tokens.tolist(), logprobs, strict=True):
                 self._nodes[node].pending = (token, logprob)
         return [pending[0] for node in nodes if (pending := self._nodes[node].pending) is not None]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .records import TreeBatch, Verified
-from .sampling import token_logprobs
+from .sampling import logprobs_of
 from .token_trees import TokenTree
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def verify_leaves(
         end = index * size + (path[-1] if path else 0)
         record.logits = logits[end]
         next_token = bonus[index : index + 1].long()
-        record.pending = (int(next_token), float(token_logprobs(logits[end : end + 1], next_token)))
+        record.pending = (int(next_token), float(logprobs_of(logits[end : end + 1], next_token)))
     decoder._last = ([], torch.empty(0))
     return list(outcome.values())
 
@@ -172,9 +172,7 @@ def _commit(
     decoder.tree.append(torch.tensor([leaf]), torch.tensor([len(held)]), torch.tensor(held))
     above = torch.tensor([0, *kept[:-1]], dtype=torch.long)
     if kept:
-        record.score += float(
-            token_logprobs(logits[above], torch.tensor([tokens[node] for node in kept])).sum()
-        )
+        record.score += float(logprobs_of(logits[above], torch.tensor([tokens[node] for node in kept])).sum())
     record.slots.extend(held)
     record.tokens.extend([tokens[0], *(tokens[node] for node in kept)])
     if ends:

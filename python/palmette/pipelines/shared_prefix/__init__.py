@@ -17,6 +17,11 @@ Source: "Schedule-Level Shared-Prefix Reuse for LLM RL Training" (arXiv 2606.011
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,14 +29,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from palmette._checks import INDEX, check_at_least, check_dtype, check_number, check_shape
-from palmette.losses import CHUNK_BYTES
+from palmette.losses import CHUNK_BYTES, LogitsBuffer
 from palmette.tree import Tree
 
 from .forest import Forest
-from .step import Options, Step
+from .step import Options, Step, autocast_of, random_state, random_state_of
 from .vocabulary import LossFunction
 
 MODES = ("retain", "offload", "recompute")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class SharedPrefixSchedule:
@@ -43,7 +49,8 @@ class SharedPrefixSchedule:
     Args:
         model: a Llama, Qwen2, Qwen3, Qwen3-MoE, Mistral or one like them, as it is: its attention is
             exchanged by name while a step runs. LoRA adapters, frozen parameters, tied embeddings, gradient
-            checkpointing (not the reentrant one) and sliding windows work; attention dropout must be 0.
+            checkpointing (not the reentrant one), sliding windows and autocast work (logits are float32 then
+            too); attention dropout must be 0.
         mode: what becomes of a prefix's graph while the tokens below run. ``"retain"``: it stays.
             ``"offload"``: what it has saved goes to the host's memory, or from the CPU to a temporary file.
             ``"recompute"``: there is none; the prefix runs forward once more, with the same random numbers.
@@ -53,11 +60,14 @@ class SharedPrefixSchedule:
             counts. Default: what the model's configuration says (router_aux_loss_coef, where
             output_router_logits is set), else 0.
         group: a torch.distributed group whose ranks hold trees of their own: gradients and the loss are
-            summed over them, once, at the end of the step. Default: this process alone.
+            summed over them, once, at the end of the step, and experts are counted over all of them. A rank
+            that raises leaves the others waiting for it, as with any collective. Default: this process alone.
         chunk_bytes: of logits that may be alive.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: an option is unknown, or the model is none that this can run: not a causal language model
+            of transformers itself but a wrapper of one (DistributedDataParallel, FSDP2), or one with layers
+            that are not softmax attention over all tokens before or a window of them, or prompts of PEFT.
 
     Source: "Schedule-Level Shared-Prefix Reuse for LLM RL Training" (arXiv 2606.01143).
     """
@@ -76,14 +86,16 @@ class SharedPrefixSchedule:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         check_number("temperature", temperature, 1e-6, 1e6)
         check_at_least(1, chunk_bytes=chunk_bytes)
-        config = model.config.get_text_config()
+        config = _check_model(model)
         if aux_loss is None:
             wanted = getattr(config, "output_router_logits", False)
             aux_loss = getattr(config, "router_aux_loss_coef", 0.0) if wanted else 0.0
         check_number("aux_loss", aux_loss, 0, 1e6)
         self.model, self.group = model, group
-        self._options = Options(mode, float(temperature), float(aux_loss), chunk_bytes)
+        self._options = Options(mode, float(temperature), float(aux_loss), chunk_bytes, group)
         self._vocab_size = config.vocab_size
+        self._longest = _longest_path(config)
+        self._buffer_in_use = threading.Lock()
 
     def step(
         self,
@@ -96,14 +108,19 @@ class SharedPrefixSchedule:
     ) -> Tensor:
         """Adds the gradients of ``sum of losses / denominator`` to the parameters' ``grad``.
 
+        Gradients that are there are held beside the new ones until the end. Under ``torch.no_grad`` there are
+        none, only the loss. Hooks of the embeddings and the head and of their weights are seen, but cost
+        speed; hooks on accumulated gradients are called once per microbatch.
+
         Args:
             tree: of tokens: a root is a prompt, a child of it a rollout; any depth.
             token_ids: [N], int32 or int64, in depth-first order (``tree.node_start`` says where nodes begin).
             loss_fn: ``loss_fn(logprobs [t], token [t])`` returns the sum of the losses of some tokens, a
                 differentiable scalar; token: their depth-first numbers, to look up advantages, old
-                log-probabilities and so on. Called with any tokens below the roots, each once in a step.
-            microbatch_tokens: how many run forward and backward together at most; a longer leaf is one
-                microbatch.
+                log-probabilities and so on. Called with any tokens below the roots, each once in a step. What
+                else it is computed from (parameters of its own) gets no gradient.
+            microbatch_tokens: how many run forward and backward together at most. No node is cut: a longer
+                one is a microbatch of its own.
             denominator: what the loss is divided by; with a group, that of all ranks.
 
         Returns:
@@ -113,25 +130,58 @@ class SharedPrefixSchedule:
             ValueError: an argument does not fit. Like any other exception it leaves parameters and their
                 gradients as they were before the step.
         """
-        forest = self._check(tree, token_ids, microbatch_tokens)
         check_number("denominator", denominator, 1e-300, 1e300)
+        return self._step(tree, token_ids, loss_fn, microbatch_tokens, denominator, self._options)
+
+    def _step(
+        self,
+        tree: Tree,
+        token_ids: Tensor,
+        loss_fn: LossFunction,
+        microbatch_tokens: int,
+        denominator: float,
+        options: Options,
+    ) -> Tensor:
+        forest = self._check(tree, token_ids, microbatch_tokens)
+        if not callable(loss_fn):
+            raise ValueError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
         try:
-            step = Step(self.model, self._options, forest, token_ids, loss_fn, denominator)
-            loss = step.run(microbatch_tokens)
+            with self._buffer(options) as options:
+                step = Step(self.model, options, forest, token_ids, loss_fn, denominator)
+                loss = step.run(microbatch_tokens)
             if self.group is not None:
                 loss = self._reduce(parameters, loss)
+            # in the new gradients first: what is wrong with the old ones shows before they change
+            both = [(p, grad) for p, grad in zip(parameters, before, strict=True) if grad is not None]
+            for p, grad in both:
+                if grad.is_inference() or grad.layout != torch.strided:
+                    raise ValueError(
+                        "gradients that are there must be dense and no inference tensors, got one"
+                    )
+                p.grad = grad.clone() if p.grad is None else p.grad.add_(grad)
         except BaseException:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
             raise
-        for p, grad in zip(parameters, before, strict=True):
-            if grad is not None:
-                p.grad = grad if p.grad is None else grad.add_(p.grad)
+        for p, grad in both:
+            assert p.grad is not None
+            p.grad = grad.copy_(p.grad)
         return loss
+
+    @contextmanager
+    def _buffer(self, options: Options) -> Iterator[Options]:
+        """The options; within, their buffer is nobody else's: loss_fn may call the schedule itself."""
+        if not self._buffer_in_use.acquire(blocking=False):
+            yield dataclasses.replace(options, buffer=LogitsBuffer())
+            return
+        try:
+            yield options
+        finally:
+            self._buffer_in_use.release()
 
     @torch.no_grad()
     def logprobs(
@@ -144,8 +194,8 @@ class SharedPrefixSchedule:
             return_entropy: also the entropies of the distributions that the tokens are from, in nats.
 
         Returns:
-            [N], float32 (float64 for a float64 model), depth-first; 0 for tokens of the roots. With
-            return_entropy also entropies [N].
+            [N] on the model's device, float32 (float64 for a float64 model), depth-first; 0 for tokens of the
+            roots. With return_entropy also entropies [N].
         """
         forest = self._check(tree, token_ids, microbatch_tokens)
         found: list[tuple[Tensor, Tensor]] = []
@@ -154,12 +204,13 @@ class SharedPrefixSchedule:
             found.append((logprobs, tokens))
             return logprobs.new_zeros(())
 
-        step = Step(self.model, self._options, forest, token_ids, keep, 1.0)
-        step.head.entropies = [] if return_entropy else None
-        step.run(microbatch_tokens)
+        with self._buffer(self._options) as options:
+            step = Step(self.model, options, forest, token_ids, keep, 1.0)
+            step.head.entropies = [] if return_entropy else None
+            step.run(microbatch_tokens)
 
         def in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-            result = torch.zeros(len(token_ids), dtype=step.head.dtype, device=token_ids.device)
+            result = torch.zeros(len(token_ids), dtype=step.head.dtype, device=step.device)
             for values, tokens in parts:
                 result[tokens] = values
             return result
@@ -182,7 +233,8 @@ class SharedPrefixSchedule:
 
         Returns:
             [N]; with return_entropy also entropies [N]. The backward of the first adds to the parameters'
-            ``grad``; ``torch.autograd.grad`` finds nothing.
+            ``grad``, those of a load-balancing loss left out; ``torch.autograd.grad`` finds nothing. Dropout
+            is the same in both passes.
         """
         anchor = torch.zeros((), requires_grad=True)
         found, entropies = _StepBackward.apply(  # type: ignore[no-untyped-call]
@@ -201,6 +253,12 @@ class SharedPrefixSchedule:
                 f"token_ids must be in [0, {self._vocab_size}), got {int(token_ids.min())} to "
                 f"{int(token_ids.max())}"
             )
+        longest = int(tree.path_lengths.max()) if tree.num_nodes else 0
+        if longest > self._longest:
+            raise ValueError(
+                f"tree must have paths of at most {self._longest} tokens, got {longest}: beyond, all "
+                f"positions are turned another way (rope_type), those of the prefix too"
+            )
         return Forest.of(tree)
 
     def _reduce(self, parameters: list[Tensor], loss: Tensor) -> Tensor:
@@ -215,6 +273,41 @@ class SharedPrefixSchedule:
         return loss
 
 
+def _check_model(model: Any) -> Any:
+    """Is it one that a schedule can run? Returns the configuration of its decoder."""
+    if not (hasattr(model, "config") and hasattr(model, "get_decoder")):
+        raise ValueError(
+            f"model must be a causal language model of transformers, not wrapped, got {type(model).__name__}"
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"model must have a language-model head, got {type(model).__name__} without one")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "model must have no learned prompts (prompt or prefix tuning), got a model with some"
+        )
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+        raise ValueError("model must hold whole parameters, got DTensors (FSDP2 is not supported)")
+    config = model.config.get_text_config()
+    others = sorted({*(getattr(config, "layer_types", None) or ())} - {*LAYER_TYPES})
+    if others:
+        raise ValueError(
+            f"layer_types of the model must be of {', '.join(LAYER_TYPES)}, got {', '.join(others)}"
+        )
+    return config
+
+
+def _longest_path(config: Any) -> float:
+    """Tokens of a path up to which rotary positions do not depend on how long it is."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found] if "rope_type" in found else [part for part in found.values() if isinstance(part, dict)]
+    limits = [
+        part.get("original_max_position_embeddings") or config.max_position_embeddings
+        for part in kinds
+        if part.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=math.inf)
+
+
 class _StepBackward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -226,7 +319,9 @@ class _StepBackward(torch.autograd.Function):
         microbatch_tokens: int,
         return_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.step = (schedule, tree.copy(), token_ids, microbatch_tokens)
+        ctx.step = (schedule, tree.copy(), token_ids.clone(), microbatch_tokens)
+        device = next(schedule.model.parameters()).device
+        ctx.rng, ctx.autocast = random_state(device), autocast_of(device)
         found = schedule.logprobs(
             tree, token_ids, microbatch_tokens=microbatch_tokens, return_entropy=return_entropy
         )
@@ -239,12 +334,14 @@ class _StepBackward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         schedule, tree, token_ids, microbatch_tokens = ctx.step
-        with torch.enable_grad():
-            schedule.step(
+        device = next(schedule.model.parameters()).device
+        with torch.enable_grad(), random_state_of(ctx.rng, device), ctx.autocast:
+            schedule._step(
                 tree,
                 token_ids,
                 lambda logprobs, tokens: (gradient[tokens] * logprobs).sum(),
-                microbatch_tokens=microbatch_tokens,
-                denominator=1.0,
+                microbatch_tokens,
+                1.0,
+                dataclasses.replace(schedule._options, aux_loss=0.0),
             )
         return torch.zeros(()), *(None,) * 5

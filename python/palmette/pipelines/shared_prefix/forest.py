@@ -25,7 +25,7 @@ class Forest:
         parent: place in these lists.
         children: of each place, and of -1.
         size: tokens of the subtree.
-        leaves: leaf nodes below, itself included.
+        leaves: leaves of the tree at or below, those without tokens too: a token counts for each.
     """
 
     start: list[int] = field(default_factory=list)
@@ -39,9 +39,16 @@ class Forest:
     def of(cls, tree: Tree) -> Forest:
         forest = cls()
         starts, place = tree.node_start.tolist(), {-1: -1}
-        for node in tree.order.tolist():
+        order = tree.order.tolist()
+        paths = dict.fromkeys((-1, *order), 0)
+        for node in reversed(order):
+            paths[node] = paths[node] or 1
+            paths[tree.parent(node)] += paths[node]
+        for node in order:
             above, length = place[tree.parent(node)], tree.length(node)
             if length == 0:  # its children hang from its parent
+                if above < 0 and not tree.is_leaf(node):
+                    raise ValueError(f"tree must have tokens in a root with children, got none in {node}")
                 place[node] = above
                 continue
             here = place[node] = len(forest.start)
@@ -50,13 +57,11 @@ class Forest:
             forest.parent.append(above)
             forest.children[above].append(here)
             forest.children[here] = []
+            forest.leaves.append(paths[node])
         forest.size = list(forest.length)
-        forest.leaves = [0] * len(forest.start)
         for here in reversed(range(len(forest.start))):
-            forest.leaves[here] = forest.leaves[here] or 1
             if (above := forest.parent[here]) >= 0:
                 forest.size[above] += forest.size[here]
-                forest.leaves[above] += forest.leaves[here]
         return forest
 
     def subtree(self, place: int) -> list[int]:
@@ -89,7 +94,7 @@ class Forest:
             if batch and tokens + self.size[child] > budget:
                 actions.append(("visit", batch, parent))
                 batch, tokens = [], 0
-            batch = batch + self.subtree(child)
+            batch += self.subtree(child)
             tokens += self.size[child]
         if batch:
             actions.append(("visit", batch, parent))

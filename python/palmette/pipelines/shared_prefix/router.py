@@ -36,6 +36,8 @@ class Router:
         if not self.modules:
             raise ValueError("aux_loss must be 0 for a model without routers, got one that has none")
         self.top_k = config.num_experts_per_tok
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        self.num_experts = next(int(n) for n in (getattr(config, name, None) for name in names) if n)
         self.counts: Tensor | None = None  # choices of all sequences by expert
         self.rows = 0.0  # tokens of all sequences and layers
         self._counting = False
@@ -49,6 +51,18 @@ class Router:
         finally:
             self._counting = False
 
+    def sum_over(self, group: Any) -> None:
+        """Adds what the ranks of a group have counted: the loss is one of all of them."""
+        if group is None:
+            return
+        import torch.distributed as dist
+
+        if self.counts is None:  # no tokens here
+            self.counts = torch.zeros(self.num_experts, dtype=torch.float64, device=self.loss.device)
+        both = torch.cat([self.counts, self.counts.new_tensor([self.rows])])
+        dist.all_reduce(both, group=group)
+        self.counts, self.rows = both[:-1], float(both[-1])
+
     def watch(self, rows: Rows) -> Watch:
         return Watch(self, rows)
 
@@ -58,7 +72,7 @@ class Watch:
 
     def __init__(self, router: Router, rows: Rows) -> None:
         self.router, self.rows = router, rows
-        self.parts: list[Tensor] = []
+        self.logits: list[Tensor] = []
         self.handles: list[Any] = []
 
     def __enter__(self) -> Watch:
@@ -71,27 +85,31 @@ class Watch:
             handle.remove()
 
     def _see(self, module: Any, inputs: Any, output: Any) -> None:
-        router = self.router
-        logits = output[router.index] if isinstance(output, tuple) else output
-        probabilities = torch.softmax(logits, -1)
-        weights = self.rows.leaves.double()
-        if router._counting:
-            chosen = probabilities.topk(router.top_k, -1).indices
-            counts = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)
-            counts.scatter_add_(0, chosen.flatten(), weights.repeat_interleave(router.top_k))
-            router.counts = counts if router.counts is None else router.counts + counts
-            router.rows += float(weights.sum())
-            return
-        assert router.counts is not None
-        factor = router.coefficient * len(router.counts) / router.rows**2
-        dtype = torch.promote_types(probabilities.dtype, torch.float32)
-        by_expert = (router.counts * factor).to(dtype)
-        self.parts.append(weights.to(dtype) @ (probabilities.to(dtype) @ by_expert))
+        # nothing is computed here: a layer that is checkpointed runs again without this hook
+        self.logits.append(output[self.router.index] if isinstance(output, tuple) else output)
 
     def __call__(self) -> Tensor | None:
-        if not self.parts:
+        """The part of the loss; None while experts are counted, or where there is none."""
+        router = self.router
+        parts = []
+        for logits in self.logits:
+            probabilities = torch.softmax(logits, -1)
+            weights = self.rows.leaves.double()
+            if router._counting:
+                chosen = probabilities.topk(router.top_k, -1).indices
+                counts = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)
+                counts.scatter_add_(0, chosen.flatten(), weights.repeat_interleave(router.top_k))
+                router.counts = counts if router.counts is None else router.counts + counts
+                router.rows += float(weights.sum())
+                continue
+            assert router.counts is not None
+            factor = router.coefficient * len(router.counts) / router.rows**2
+            dtype = torch.promote_types(probabilities.dtype, torch.float32)
+            by_expert = (router.counts * factor).to(dtype)
+            parts.append(weights.to(dtype) @ (probabilities.to(dtype) @ by_expert))
+        if not parts:
             return None
-        total = torch.stack(self.parts).sum()
+        total = torch.stack(parts).sum()
         if torch.is_grad_enabled():  # not when a prefix runs that is going to run again
-            self.router.loss += total.detach().double()
+            router.loss += total.detach().double()
         return total

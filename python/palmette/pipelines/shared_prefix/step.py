@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,40 @@ from .router import Router
 from .vocabulary import Embedding, Head, LossFunction, TableGradients
 
 
+def random_state(device: torch.device) -> list[Tensor]:
+    """Of the CPU's generator and the device's."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+@contextmanager
+def random_state_of(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
+    """Within, random numbers begin from ``states`` (None: go on); afterwards they are where they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if states is not None:
+            torch.set_rng_state(states[0])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(states[1], device)
+        yield
+
+
+def autocast_of(device: torch.device) -> torch.autocast:
+    """Autocast as it is now, to be entered later or again.
+
+    It keeps no casts of weights: one made without a graph, in a prefix that is going to run again, would be
+    taken for the pass with one.
+    """
+    kind = device.type
+    return torch.autocast(
+        kind,
+        dtype=torch.get_autocast_dtype(kind),
+        enabled=torch.is_autocast_enabled(kind),
+        cache_enabled=False,
+    )
+
+
 @dataclass
 class Options:
     """Of a schedule, see there."""
@@ -27,6 +62,7 @@ class Options:
     temperature: float
     aux_loss: float
     chunk_bytes: int
+    group: Any
     buffer: LogitsBuffer = field(default_factory=LogitsBuffer)
 
 
@@ -107,6 +143,7 @@ class Step:
             options.buffer,
             self.tables if self.grad else None,
         )
+        self.num_layers = config.num_hidden_layers
         self.router = Router(options.aux_loss if self.grad else 0.0, self.decoder, config)
         self.stack = PrefixStack(0, self.grad)
         self.nodes: dict[int, Node] = {}
@@ -116,29 +153,34 @@ class Step:
         """All of it; returns the loss. Microbatches have at most ``budget`` tokens, or are one leaf."""
         actions = list(self.forest.walk(budget))
         deepest = max((self.forest.path_length(p[0]) for do, p, _ in actions if do == "push"), default=0)
-        with prefix_attention_of(self.model):
+        with prefix_attention_of(self.model), autocast_of(self.device):
             if self.router.coefficient:
                 self._count(actions, deepest)
             self.stack = PrefixStack(deepest, self.grad)
-            for do, places, parent in actions:
-                if do == "push":
-                    self._push(places[0], parent)
-                elif do == "pop":
-                    self._pop(places[0])
-                else:
-                    self._visit(places, parent)
+            try:
+                for do, places, parent in actions:
+                    if do == "push":
+                        self._push(places[0], parent)
+                    elif do == "pop":
+                        self._pop(places[0])
+                    else:
+                        self._visit(places, parent)
+            finally:
+                self.nodes.clear()  # graphs hold hooks, which hold this
         self.tables.finish()
+        self.head.finish()
         return self.head.loss + self.router.loss
 
     def _count(self, actions: list[Action], deepest: int) -> None:
         """A pass without gradients: which experts the tokens go to."""
         self.stack = PrefixStack(deepest, False)
-        with torch.no_grad(), self._random_numbers_of_their_own(), self.router.counting():
+        with torch.no_grad(), random_state_of(None, self.device), self.router.counting():
             for do, places, parent in actions:
                 if do != "pop":
                     begin = self.forest.path_length(parent)
                     rows = self._rows(places, begin)
                     self._forward(rows, begin, keep=do == "push")
+        self.router.sum_over(self.options.group)
 
     def _rows(self, places: list[int], begin: int) -> Rows:
         return Rows.of(self.forest, places, begin, self.device)
@@ -153,7 +195,13 @@ class Step:
                 **inputs,
                 position_ids=rows.positions[None],
                 use_cache=False,
+                return_dict=True,
                 prefix_pass=this,
+            )
+        if len(this.layers) != self.num_layers:
+            raise ValueError(
+                f"model must attend to the tokens before in all of its {self.num_layers} layers, as softmax "
+                f"attention that transformers dispatches by name, got {len(this.layers)} that do"
             )
         return Forward(out.last_hidden_state[0], this.kept, aux(), embedded)
 
@@ -169,7 +217,7 @@ class Step:
         begin = self.forest.path_length(parent)
         rows = self._rows([place], begin)
         again = self.options.mode == "recompute"
-        rng = self._random_state() if again else []
+        rng = random_state(self.device) if again else []
         context: Any = nullcontext()
         if again:
             context = torch.no_grad()
@@ -189,8 +237,7 @@ class Step:
             return
         forward = node.forward
         if forward is None:
-            with self._random_numbers_of_their_own():
-                self._set_random_state(node.rng)
+            with random_state_of(node.rng, self.device):
                 # what is on the stack stays: sums of gradients belong to it
                 forward = self._forward(node.rows, node.begin, keep=True, write=False)
         pairs = [(forward.hidden, node.dhidden)]
@@ -226,19 +273,4 @@ class Step:
         return dhidden
 
     def _lives_on(self, storage: int) -> bool:
-        return storage in self.parameters or storage in self.stack.storages()
-
-    def _random_numbers_of_their_own(self) -> AbstractContextManager[None]:
-        devices = [self.device] if self.device.type == "cuda" else []
-        return torch.random.fork_rng(devices)
-
-    def _random_state(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        return states
-
-    def _set_random_state(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self.device)
+        return storage in self.parameters or self.stack.holds(storage)

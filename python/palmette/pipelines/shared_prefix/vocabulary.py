@@ -22,6 +22,23 @@ _ops = torch.ops.palmette
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
+def is_plain(module: Any) -> bool:
+    """Does nothing but the module's weight, and nobody's hook, decide what it computes and its gradient?"""
+    weight = module.weight
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        weight.is_leaf
+        and not weight._backward_hooks
+        and not weight._post_accumulate_grad_hooks
+        and not any(getattr(module, name) for name in hooks)
+    )
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """That ``grad`` has: PyTorch lets it be another one than the parameter's."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
 class TableGradients:
     """Sums of gradients of [vocab, hidden], in float32 or float64, each made when it is needed."""
 
@@ -46,7 +63,7 @@ class TableGradients:
     def finish(self) -> None:
         """Hands the sums to the parameters."""
         for table, total in self._sums.values():
-            gradient = total.to(table.dtype)
+            gradient = total.to(gradient_dtype(table))
             table.grad = gradient if table.grad is None else table.grad.add_(gradient)
 
 
@@ -62,6 +79,7 @@ class Embedding:
         self.module, self.gradients = module, gradients
         self.is_plain = (
             type(module) is torch.nn.Embedding
+            and is_plain(module)
             and module.max_norm is None
             and not module.scale_grad_by_freq
             and not module.sparse
@@ -131,21 +149,43 @@ class Head:
         self.softcap = getattr(config, "final_logit_softcapping", None)
         first = next(module.parameters())
         self.dtype = state_dtype(first.dtype)
-        is_plain = type(module) is torch.nn.Linear and module.bias is None and not self.softcap
-        self.wide = widened(module.weight.detach()) if is_plain else None
-        self.rows = chunk_rows(config.vocab_size, first.dtype, chunk_bytes)
+        by_weight = type(module) is torch.nn.Linear and module.bias is None and not self.softcap
+        self.wide = widened(module.weight.detach()) if by_weight and is_plain(module) else None
+        self.vocab_size, self.chunk_bytes = config.vocab_size, chunk_bytes
         self.loss = torch.zeros((), dtype=torch.float64, device=first.device)
         self.entropies: list[tuple[Tensor, Tensor]] | None = None
+        self._used = False
+
+    def finish(self) -> None:
+        """A head that was used has a gradient, 0 where no loss had one: optimizers tell it from None."""
+        if self._used and self.gradients is not None:
+            for p in self.module.parameters():
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))
 
     def losses(self, hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
         """Adds the tokens' losses; returns the gradients of hidden [t, hidden], which predicts targets
         [t]."""
         wide = widened(hidden)
         dhidden = torch.zeros_like(wide)
-        one = self._by_module if self.wide is None else self._by_weight
-        for begin in range(0, len(tokens), self.rows):
-            part = slice(begin, begin + self.rows)
-            found = one(wide[part], targets[part], tokens[part])
+        self._used = self._used or len(tokens) > 0
+        if self.wide is None:
+            return self._in_chunks(self._by_module, wide, targets, tokens, dhidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._in_chunks(self._by_weight, wide, targets, tokens, dhidden)
+
+    def _in_chunks(
+        self,
+        one: Callable[[Tensor, Tensor, Tensor], Tensor | None],
+        hidden: Tensor,
+        targets: Tensor,
+        tokens: Tensor,
+        dhidden: Tensor,
+    ) -> Tensor:
+        rows = chunk_rows(len(tokens), self.vocab_size, hidden.dtype, self.chunk_bytes)
+        for begin in range(0, len(tokens), rows):
+            part = slice(begin, begin + rows)
+            found = one(hidden[part], targets[part], tokens[part])
             if found is not None:
                 dhidden[part] = found
         return dhidden
@@ -155,8 +195,8 @@ class Head:
         with torch.set_grad_enabled(self.gradients is not None):
             leaf = logprobs.detach().requires_grad_(self.gradients is not None)
             loss = self.loss_fn(leaf, tokens)
-            if not isinstance(loss, Tensor) or loss.dim() != 0:
-                got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.is_complex():
+                got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
             loss = loss / self.denominator
         self.loss += loss.detach().double()

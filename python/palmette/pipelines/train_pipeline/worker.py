@@ -20,7 +20,7 @@ from torch.distributed.pipelining import ScheduleGPipe
 
 from ..activation_store import ActivationStore
 from ..delta_codec import DeltaCodec
-from ..long_runs import write_atomically
+from ..long_runs import keep_freed_memory, write_atomically
 from ..pipeline_parallel import Edge, QuantPipelineStage
 from .link import TokenBucket
 from .model import load_stage, load_windows, next_token_loss
@@ -185,6 +185,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     torch.set_num_threads(1)
+    keep_freed_memory()
     settings = json.loads(options.settings)
     settings["ratios"] = tuple(settings["ratios"])
     dist.init_process_group(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 
@@ -38,8 +39,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         unit="updates",
     )
     parser.add_argument("--model", help="directory of a Llama's checkpoint (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--layers", type=int, help="use only the first and last so many layers together")
-    parser.add_argument("--updates", type=int, help=f"of the policy (default: {DEFAULT.updates})")
+    parser.add_argument("--layers", type=int, help="an even number: half from each end (default: all layers)")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        help=f"of the policy; more than before: the run goes on (default: {DEFAULT.updates})",
+    )
     parser.add_argument("--prompts", type=int, help=f"problems of an update (default: {DEFAULT.prompts})")
     parser.add_argument("--group", type=int, help=f"rollouts of a problem (default: {DEFAULT.group})")
     parser.add_argument("--held-out", type=int, help=f"problems to evaluate (default: {DEFAULT.held_out})")
@@ -53,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         f"(default: {DEFAULT.eta})",
     )
     parser.add_argument("--sampler", choices=SAMPLERS, help=f"of problems (default: {DEFAULT.sampler})")
-    parser.add_argument("--seed", type=int, help=f"of problems and draws (default: {DEFAULT.seed})")
+    parser.add_argument("--seed", type=int, help=f"of what is drawn (default: {DEFAULT.seed})")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what PyTorch takes)")
     return parser.parse_args(arguments)
 
@@ -73,11 +78,17 @@ def run(options: argparse.Namespace) -> int:
     for name in NUMBERS:
         if changes.get(name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {changes[name]}")
+    if changes.get("group", 2) < 2:
+        raise ValueError(
+            f"--group must be at least 2, else there is nothing to compare, got {changes['group']}"
+        )
     for name in ("eta", "seed"):
-        if changes.get(name, 0) < 0:
-            raise ValueError(f"--{name} must be at least 0, got {changes[name]}")
-    if not changes.get("learning_rate", 1.0) > 0:
+        if not 0 <= changes.get(name, 0) < 2**31:
+            raise ValueError(f"--{name} must be in [0, 2^31), got {changes[name]}")
+    if not 0 < changes.get("learning_rate", 1.0) < math.inf:
         raise ValueError(f"--learning-rate must be positive, got {changes['learning_rate']}")
+    if options.stop_after is not None and options.stop_after < 0:
+        raise ValueError(f"--stop-after must be at least 0, got {options.stop_after}")
     use_threads(options.threads)
     settings = dataclasses.replace(QUICK if options.quick else DEFAULT, **changes)
     torch.manual_seed(settings.seed)  # every draw has a generator of its own; this is for what is overlooked

@@ -9,6 +9,7 @@ import json
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from palmette.losses import group_advantages, policy_loss
 
-from ..long_runs import Budget, Progress, claim, write_atomically, write_json
+from ..long_runs import Budget, Progress, StoppedError, claim, write_atomically, write_json
 from ..models import cut_layers, load_model
 from ..rl import StalenessGate, VadeSampler
 from ..shared_prefix import SharedPrefixSchedule
 from .rollouts import Rollouts, roll_out
 from .settings import Settings
 from .task import Task
+
+EVALUATED_TOGETHER = 50  # held-out problems that one tree decoder answers
 
 
 @dataclass
@@ -38,7 +41,8 @@ class History:
         losses: of the policy.
         tokens: computed by each update; and how many a dense batch would have had.
         dense_tokens: likewise.
-        seconds: of rollouts and of updates.
+        rollout_seconds: that an update has waited for its rollouts.
+        update_seconds: of the update itself.
         accuracy: [updates, share of held-out problems that are solved], greedy.
     """
 
@@ -71,6 +75,12 @@ class Policy:
 
     def update(self, rollouts: Rollouts) -> float:
         """One step of GRPO, or of decoupled PPO where the rollouts are older; returns the loss."""
+        loss = self.gradients(rollouts)
+        self.step()
+        return loss
+
+    def gradients(self, rollouts: Rollouts) -> float:
+        """Those of the loss, which it returns; nothing else changes."""
         settings = self.settings
         advantages = rollouts.of_tokens(group_advantages(rollouts.rewards))
         stale = rollouts.version != self.version
@@ -96,9 +106,6 @@ class Policy:
                 **options,
             )
 
-        rate = settings.learning_rate * min(1.0, (self.version + 1) / max(1, settings.warmup))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         value = self.schedule.step(
             rollouts.tree,
@@ -107,10 +114,17 @@ class Policy:
             microbatch_tokens=settings.microbatch_tokens,
             denominator=float(max(1, rollouts.num_answer_tokens)),
         )
+        return float(value)
+
+    def step(self) -> None:
+        """To the next version, by these gradients."""
+        settings = self.settings
+        rate = settings.learning_rate * min(1.0, (self.version + 1) / max(1, settings.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.version += 1
-        return float(value)
 
 
 class Run:
@@ -124,7 +138,8 @@ class Run:
         budget: updates that this process may take.
 
     Raises:
-        ValueError: the directory holds a run with other options, or something else.
+        ValueError: a setting does not fit the model or the task, or the directory holds a run with other
+            options (but for ``updates``: a run may go on for longer), or something else.
     """
 
     def __init__(
@@ -132,19 +147,24 @@ class Run:
     ) -> None:
         self.settings, self.directory = settings, directory
         self.progress, self.budget = progress, budget
+        if settings.prompts > settings.pool:
+            raise ValueError(f"prompts must be at most the {settings.pool} there are, got {settings.prompts}")
+        found, tokenizer = load_model(model)
+        self.policy = Policy(cut_layers(found, settings.layers), settings)
+        self.task = Task(tokenizer, settings.pool, settings.held_out)
         options = {
-            **dataclasses.asdict(settings),
+            **{name: value for name, value in dataclasses.asdict(settings).items() if name != "updates"},
             "model": model,
             # sums are rounded in another order with other threads or another torch
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
         }
-        claim(directory, options)
-        found, tokenizer = load_model(model)
-        self.policy = Policy(cut_layers(found, settings.layers), settings)
-        self.task = Task(tokenizer, settings.pool, settings.held_out, settings.seed)
+        claim(directory, options)  # the last thing that may fail: a bad call leaves nothing behind
         self.sampler = VadeSampler(settings.pool) if settings.sampler == "vade" else None
+        self._sampling = threading.Lock()  # rollouts choose while an update counts
         self.history = History()
+        self._saved = -1  # the version that the checkpoint has
+        self._whole = True  # do weights, optimizer and history agree?
         self._load()
 
     # ---- what is kept
@@ -164,6 +184,7 @@ class Run:
         self.history.accuracy = [(updates, share) for updates, share in self.history.accuracy]
         if self.sampler is not None:
             self.sampler.load_state_dict(saved["sampler"])
+        self._saved = self.policy.version
 
     def _save(self) -> None:
         state = {
@@ -175,6 +196,7 @@ class Run:
         }
         write_atomically(self._checkpoint, lambda file: torch.save(state, file))
         write_json(self.directory / "history.json", dataclasses.asdict(self.history))
+        self._saved = self.policy.version
 
     # ---- phases
 
@@ -182,50 +204,66 @@ class Run:
         """Trains what is left and evaluates.
 
         Raises:
-            StoppedError: the budget is used up; what was done since the last checkpoint is done again.
+            StoppedError: the budget is used up; what was done is saved, as it is when somebody interrupts.
         """
         settings = self.settings
         if not self.history.accuracy:
-            self._evaluate()
-            self._save()
+            with self.progress("held-out problems", settings.held_out, 0) as tick:
+                self._evaluate(tick)
         begun = self.policy.version
-        with self.progress("updates", settings.updates, begun) as tick:
+        with self.progress("updates", max(begun, settings.updates), begun) as tick:
             source = _Concurrent(self) if settings.eta > 0 else _Synchronous(self)
             try:
+                self._keep()
                 while self.policy.version < settings.updates:
                     self.budget.take()
                     self._update(source)
-                    version = self.policy.version
-                    if version % settings.evaluate_every == 0 or version == settings.updates:
-                        self._evaluate()
-                    if version % settings.save_every == 0 or version == settings.updates:
-                        self._save()
+                    self._keep()
                     note = (
                         f"reward {self.history.rewards[-1]:.2f}, held out {self.history.accuracy[-1][1]:.2f}"
                     )
                     tick(1, note)
+            except (KeyboardInterrupt, StoppedError):
+                if self._whole and self.policy.version > self._saved:
+                    self._save()
+                raise
             finally:
                 source.close()
         return self.history
+
+    def _keep(self) -> None:
+        """Evaluates and saves where it is time to."""
+        settings, version = self.settings, self.policy.version
+        last = version >= settings.updates
+        if (last or version % settings.evaluate_every == 0) and self.history.accuracy[-1][0] < version:
+            self._evaluate()
+        if (last or version % settings.save_every == 0) and self._saved < version:
+            self._save()
 
     def _update(self, source: _Synchronous | _Concurrent) -> None:
         history = self.history
         begin = time.perf_counter()
         prompts, rollouts = source.next()
         drawn = time.perf_counter()
-        history.staleness.append(self.policy.version - rollouts.version)
-        history.losses.append(self.policy.update(rollouts))
-        source.updated()
+        behind = self.policy.version - rollouts.version
+        loss = self.policy.gradients(rollouts)
+        self._whole = False
+        self.policy.step()
         done = time.perf_counter()
         rewards = rollouts.rewards
         if self.sampler is not None:
-            self.sampler.update(prompts, rewards.sum(1), rewards.shape[1])
+            with self._sampling:
+                self.sampler.update(prompts, rewards.sum(1), rewards.shape[1])
+        history.staleness.append(behind)
+        history.losses.append(loss)
         history.rewards.append(float(rewards.mean()))
         history.informative.append(float((rewards.amax(1) > rewards.amin(1)).double().mean()))
         history.tokens.append(len(rollouts.token_ids))
         history.dense_tokens.append(int(rollouts.tree.path_lengths[rollouts.tree.leaves.long()].sum()))
         history.rollout_seconds.append(drawn - begin)
         history.update_seconds.append(done - drawn)
+        self._whole = True
+        source.updated()
 
     def choose(self, number: int) -> Tensor:
         """Problems of batch ``number``, the same whenever it is asked."""
@@ -233,8 +271,9 @@ class Run:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + 2 * number)
         if self.sampler is None:
             return torch.randperm(settings.pool, generator=generator)[: settings.prompts]
-        self.sampler.generator = generator
-        return self.sampler.draw(settings.prompts)
+        with self._sampling:
+            self.sampler.generator = generator
+            return self.sampler.draw(settings.prompts)
 
     def roll_out(self, model: Any, prompts: Tensor, number: int) -> Rollouts:
         settings = self.settings
@@ -247,15 +286,17 @@ class Run:
             generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + 2 * number + 1),
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, tick: Callable[[int, str], None] | None = None) -> None:
         held_out = self.task.held_out
-        rewards = []
-        for begin in range(0, len(held_out), 50):
-            part = held_out[begin : begin + 50]
+        rewards: list[Tensor] = []
+        for begin in range(0, len(held_out), EVALUATED_TOGETHER):
+            part = held_out[begin : begin + EVALUATED_TOGETHER]
             found = roll_out(
                 self.policy.model, self.task, part, 1, max_tokens=self.settings.max_tokens, temperature=0.0
             )
             rewards.append(found.rewards.flatten())
+            if tick is not None:
+                tick(len(part), f"{float(torch.cat(rewards).mean()):.0%} solved")
         self.history.accuracy.append((self.policy.version, float(torch.cat(rewards).mean())))
 
 
@@ -341,7 +382,11 @@ class _Concurrent:
 
 
 def load_history(directory: Path) -> History:
-    """Of a run's directory."""
+    """Of a run's directory, as far as it is.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     content = json.loads((directory / "history.json").read_text())
     history = History(**content)
     history.accuracy = [(int(updates), float(share)) for updates, share in history.accuracy]

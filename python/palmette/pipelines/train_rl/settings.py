@@ -15,17 +15,17 @@ class Settings:
         prompts: problems of an update.
         group: rollouts of a problem.
         updates: of the policy.
-        pool: problems that there are for training.
+        pool: problems that there are for training, the same for all seeds.
         held_out: problems for evaluation, others.
         evaluate_every, save_every: updates.
         max_tokens: of an answer.
         learning_rate: of AdamW, after a warm-up of ``warmup`` updates.
-        clip, kl: of the loss.
+        clip: of the loss.
         microbatch_tokens: of the schedule.
         mode: of the schedule.
         eta: updates that a rollout may be behind its policy; 0: synchronous.
         sampler: ``"uniform"`` or ``"vade"``.
-        seed: of problems and draws.
+        seed: of what is drawn.
     """
 
     layers: int | None = None
@@ -40,7 +40,6 @@ class Settings:
     learning_rate: float = 5e-6
     warmup: int = 5
     clip: float = 0.2
-    kl: float = 0.0
     microbatch_tokens: int = 1024
     mode: str = "retain"
     eta: int = 0
