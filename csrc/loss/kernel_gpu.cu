@@ -93,8 +93,7 @@ __global__ void __launch_bounds__(kThreads) gather_logprobs_kernel(const __grid_
   static_cast<float*>(p.lse)[index] = seen.most * inverse + log_sum;
   const int64_t target = p.targets[index];
   const bool known = target >= 0 && target < p.vocab;
-  static_cast<float*>(p.logprobs)[index] =
-      known ? (widen(row[target]) - seen.most) * inverse - log_sum : NAN;
+  static_cast<float*>(p.logprobs)[index] = known ? (widen(row[target]) - seen.most) * inverse - log_sum : NAN;
   if (p.entropies != nullptr) static_cast<float*>(p.entropies)[index] = log_sum - seen.weighted / seen.sum;
 }
 
