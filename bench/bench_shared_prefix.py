@@ -7,7 +7,7 @@ loss, and their losses and gradients must agree. Freed memory stays with the pro
 helps the peers, whose tensors are larger, more than it helps Palmette.
 
 A mask over all rollouts grows with the square of their number. From 64 on the packed peer also runs in pieces
-of 16 rollouts, each with the prompt, which is faster.
+of 4 or 16 rollouts, each with the prompt, which is faster.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROLLOUTS = {"quick": (4,), "default": (4, 16, 64), "full": (4, 16, 64)}
 ROUNDS = {"quick": 2, "default": 3, "full": 7}
 TOLERANCE = 2e-4  # of gradients, relative to the dense batch's; measured: 1e-6 to 2e-5
 ONLY_PACKED = 64  # rollouts: dense batches would take minutes
-PIECE = 16  # rollouts of a packed sequence then
+PIECES = (4, 16)  # rollouts of a packed sequence then
 # products of attention: q k and p v forward; q k again, dO v and three that sum up backward
 ATTENTION_PRODUCTS = 7
 
@@ -237,7 +237,8 @@ class Update:
         case = self.case
         found = {"palmette": self.palmette()}
         if case.rollouts >= ONLY_PACKED:
-            found["packed, 4-D tree masks of 16 rollouts"] = self.packed(PIECE)
+            for piece in PIECES:
+                found[f"packed, 4-D tree masks of {piece} rollouts"] = self.packed(piece)
             # the mask, and two of booleans it is made from
             if self.fits(case.tokens, self.weights.numel(), 6 * case.tokens**2):
                 found["packed, 4-D tree mask"] = self.packed(case.rollouts)
