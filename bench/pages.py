@@ -13,6 +13,15 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def publish(text: str, target: Path | None) -> None:
+    """Prints a page, and writes it where it is wanted, whole or not at all."""
+    print(text)
+    if target is not None:
+        temporary = target.with_name(f".{target.name}.partial")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+
+
 def write_between(page: Path, program: str, mark: str, text: str) -> None:
     """Puts text between a page's marks, ``<!-- mark: begin (program) -->`` and ``<!-- mark: end -->``.
 

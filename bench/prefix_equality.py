@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from palmette import group_advantages, policy_loss, testing
 from palmette.pipelines import SharedPrefixSchedule
-from palmette.pipelines.long_runs import keep_freed_memory, write_atomically
+from palmette.pipelines.long_runs import keep_freed_memory
 from palmette.pipelines.models import load_model
 from palmette.pipelines.train_rl.rollouts import Rollouts, roll_out
 from palmette.pipelines.train_rl.settings import DEFAULT
@@ -29,7 +29,7 @@ from palmette.pipelines.train_rl.task import Task
 from torch import Tensor
 
 from bench.machine import describe, headline
-from bench.pages import table
+from bench.pages import publish, table
 
 REPEATS = 5
 LEARNING_RATE = 1e-5
@@ -179,9 +179,7 @@ def main() -> int:
         print(cells, file=sys.stderr)
     header = ["", "tokens", "loss", "error", "weights", "s"]
     text = f"{headline(describe())}\n\n{table([header, *rows])}\n"
-    print(text)
-    if options.out is not None:
-        write_atomically(options.out, lambda file: file.write_text(text))
+    publish(text, options.out)
     return 0
 
 

@@ -19,12 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from palmette.pipelines.long_runs import write_atomically
 
 from bench.bench_shared_prefix import Case, Update, load_cut_model
 from bench.machine import describe, headline
 from bench.memory import peak_growth
-from bench.pages import table
+from bench.pages import publish, table
 
 CASE = Case(640, 128, 16)
 CONTENDERS: dict[str, Callable[[Update], Callable[[], torch.Tensor]]] = {
@@ -94,9 +93,7 @@ def main() -> int:
     header = ["", "tensors, MB", "over dense", "resident, MB", "over dense", "s"]
     text = f"{headline(describe())}\n\nPrompt {CASE.prefix}, {CASE.rollouts} rollouts of {CASE.suffix}.\n\n"
     text += table([header, *rows]) + "\n"
-    print(text)
-    if options.out is not None:
-        write_atomically(options.out, lambda file: file.write_text(text))
+    publish(text, options.out)
     return 0
 
 

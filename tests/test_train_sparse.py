@@ -18,7 +18,7 @@ import pytest
 import torch
 from palmette.__main__ import main as palmette_main
 from palmette.pipelines import train_sparse
-from palmette.pipelines.long_runs import INTERRUPTED, Budget, StoppedError, bar, write_atomically
+from palmette.pipelines.long_runs import INTERRUPTED, Budget, StoppedError, bar
 from palmette.pipelines.train_sparse import data, report
 from palmette.pipelines.train_sparse.draws import generator_for
 from palmette.pipelines.train_sparse.model import ATTENTIONS, LanguageModel, ModelSizes
@@ -403,20 +403,6 @@ def test_a_killed_run_goes_on_to_the_same_losses(uninterrupted: Path, tmp_path: 
     assert not (out / "report.md").exists()
     assert train_sparse.main(command(out)) == 0
     assert digests(out) == digests(uninterrupted)
-
-
-def test_files_are_whole_or_absent(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    write_atomically(file, lambda path: path.write_text("old"))
-
-    def broken(path: Path) -> None:
-        path.write_text("half")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(file, broken)
-    assert file.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_budget_and_schedule(tmp_path: Path) -> None:

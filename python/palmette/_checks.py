@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -44,6 +45,28 @@ def check_dim(name: str, tensor: torch.Tensor, symbols: str) -> None:
 def check_shape(name: str, tensor: torch.Tensor, symbols: str, wanted: Sequence[int]) -> None:
     if tensor.dim() != len(wanted) or any(a != b for a, b in zip(tensor.shape, wanted, strict=True)):
         raise ValueError(f"{name} must be {symbols} = {list(wanted)}, got {list(tensor.shape)}")
+
+
+class PlannedHeads(Protocol):
+    """A plan that was made for some heads."""
+
+    @property
+    def num_q_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def check_plan_heads(plan: PlannedHeads, q: torch.Tensor, k: torch.Tensor) -> None:
+    """q [tokens, Hq, D] and k [slots, Hk, D] are what the plan was made for."""
+    for name, got, wanted in (
+        ("heads of q", q.shape[1], plan.num_q_heads),
+        ("heads of k", k.shape[1], plan.num_kv_heads),
+        ("head_dim", q.shape[2], plan.head_dim),
+    ):
+        if got != wanted:
+            raise ValueError(f"{name} must be the plan's {wanted}, got {got}")
 
 
 def check_device(name: str, tensor: torch.Tensor, *wanted: torch.device) -> None:

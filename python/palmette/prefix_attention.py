@@ -27,6 +27,7 @@ from palmette._checks import (
     check_dtype,
     check_indptr,
     check_number,
+    check_plan_heads,
     check_shape,
 )
 from palmette._device import on_device
@@ -207,13 +208,7 @@ def prefix_attention(
             f"plan must be of {q.shape[0]} rows behind a prefix of {k_prefix.shape[0]}, got one of "
             f"{plan.num_rows} behind {plan.prefix_len}"
         )
-    for name, got, wanted in (
-        ("heads of q", q.shape[1], plan.num_q_heads),
-        ("heads of k", k.shape[1], plan.num_kv_heads),
-        ("head_dim", q.shape[2], plan.head_dim),
-    ):
-        if got != wanted:
-            raise ValueError(f"{name} must be the plan's {wanted}, got {got}")
+    check_plan_heads(plan, q, k)
     gk, gv = (None, None) if prefix_grad is None else _check_prefix_grad(prefix_grad, k_prefix, v_prefix)
     q, k_prefix, v_prefix, k, v = (
         x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k_prefix, v_prefix, k, v)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from palmette._attend import attend, check_inputs
+from palmette._checks import check_plan_heads
 from palmette.tree_plan import TreeAttentionIO, TreeAttentionPlan, plan_tree_attention
 
 __all__ = ["TreeAttentionIO", "TreeAttentionPlan", "plan_tree_attention", "tree_attention"]
@@ -80,13 +81,7 @@ def tree_attention(
             )
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             plan.check_gradients()
-    for name, got, wanted in (
-        ("heads of q", q.shape[1], plan.num_q_heads),
-        ("heads of k", k.shape[1], plan.num_kv_heads),
-        ("head_dim", q.shape[2], plan.head_dim),
-    ):
-        if got != wanted:
-            raise ValueError(f"{name} must be the plan's {wanted}, got {got}")
+    check_plan_heads(plan, q, k)
     result, lse = attend(
         q, k, v, plan.tensors, scale=scale, softcap=softcap, window=window, sinks=sinks, out=out
     )
