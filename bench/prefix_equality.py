@@ -31,7 +31,7 @@ from torch import Tensor
 from bench.machine import describe, headline
 from bench.pages import publish, table
 
-REPEATS = 5
+REPEATS = 3
 LEARNING_RATE = 1e-5
 
 
