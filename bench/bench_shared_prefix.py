@@ -31,7 +31,7 @@ BUDGET = 4096  # tokens of a microbatch
 LENGTHS = ((640, 128), (384, 384), (128, 640), (2048, 256))
 ROLLOUTS = {"quick": (4,), "default": (4, 16, 64), "full": (4, 16, 64)}
 ROUNDS = {"quick": 2, "default": 3, "full": 7}
-TOLERANCE = 2e-4  # of gradients, relative to the dense batch's; measured: 1e-6 to 2e-5
+TOLERANCE = 2e-4  # of gradients, relative to a packed peer's; measured: 4e-7 to 6e-5
 ONLY_PACKED = 64  # rollouts: dense batches would take minutes
 PIECES = (4, 16)  # rollouts of a packed sequence then
 # products of attention: q k and p v forward; q k again, dO v and three that sum up backward

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,13 +14,19 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def replace(target: Path, text: str) -> None:
+    """The file is the old one or the new one at any time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(target)
+
+
 def publish(text: str, target: Path | None) -> None:
-    """Prints a page, and writes it where it is wanted, whole or not at all."""
+    """Prints a page, and writes it where it is wanted."""
     print(text)
     if target is not None:
-        temporary = target.with_name(f".{target.name}.partial")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+        replace(target, text)
 
 
 def write_between(page: Path, program: str, mark: str, text: str) -> None:
@@ -33,6 +40,4 @@ def write_between(page: Path, program: str, mark: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     if not opened or not closed:
         raise ValueError(f"{page} must have the marks {begin} and {end}")
-    changed = page.with_suffix(".tmp")
-    changed.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-    changed.replace(page)
+    replace(page, f"{before}{begin}\n{text}\n{end}{after}")

@@ -50,13 +50,7 @@ class Batch:
         """A step on padded sequences; returns the loss."""
         rollouts = self.rollouts
         tree, ids = rollouts.tree, rollouts.token_ids
-        starts = tree.node_start.tolist()
-        paths = []
-        for leaf in tree.leaves.tolist():
-            nodes = [leaf]
-            while (above := tree.parent(nodes[0])) >= 0:
-                nodes.insert(0, above)
-            paths.append(torch.cat([ids[starts[n] : starts[n] + tree.length(n)] for n in nodes]))
+        paths = [ids[tree.path_slots(leaf).long()] for leaf in tree.leaves.tolist()]
         batch = torch.nn.utils.rnn.pad_sequence(paths, batch_first=True)
         lengths = torch.tensor([len(path) for path in paths])
         answers = rollouts.answers[..., 1].flatten()

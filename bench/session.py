@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from bench import machine, report, trees
 from bench.floors import Ceilings, measure_ceilings
 from bench.jobs import Row, Settings
 from bench.measure import wake_threads
+from bench.pages import replace
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,7 +54,7 @@ class Session:
         row = report.evaluate(row, self.ceilings)
         self.rows.append(row)
         print(report.line(row), flush=True)
-        _replace(self.path.with_suffix(".json"), json.dumps(self._result(), indent=1) + "\n")
+        replace(self.path.with_suffix(".json"), json.dumps(self._result(), indent=1) + "\n")
         return row
 
     def _result(self) -> dict[str, Any]:
@@ -81,18 +81,11 @@ class Session:
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """Writes ``path``.json, ``path``.md and plots, each whole or not at all."""
-    _replace(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    _replace(path.with_suffix(".md"), report.markdown(result, path.name))
+    replace(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    replace(path.with_suffix(".md"), report.markdown(result, path.name))
     for old in path.parent.glob(f"{path.name}-*.png"):
         old.unlink()
     with contextlib.suppress(ImportError):  # no matplotlib, no plots
         from bench.plot import plot
 
         plot(result, path)
-
-
-def _replace(target: Path, text: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)

@@ -19,7 +19,7 @@ from palmette.pipelines import train_rl
 from palmette.pipelines.long_runs import INTERRUPTED
 from palmette.pipelines.models import cut_layers
 from palmette.pipelines.train_rl import report
-from palmette.pipelines.train_rl.rollouts import roll_out
+from palmette.pipelines.train_rl.rollouts import Rollouts, roll_out
 from palmette.pipelines.train_rl.run import History, Policy, load_history
 from palmette.pipelines.train_rl.settings import Settings
 from palmette.pipelines.train_rl.task import Problem, Task
@@ -133,6 +133,11 @@ def test_rollouts_are_a_tree_of_what_was_drawn():
     assert not got.logprobs[values == 0].any()
 
 
+def update(policy: Policy, rollouts: Rollouts) -> None:
+    policy.gradients(rollouts)
+    policy.step()
+
+
 def test_an_update_is_that_of_dense_grpo():
     """The same rollouts, every answer as a sequence of its own."""
     from palmette import group_advantages
@@ -144,7 +149,7 @@ def test_an_update_is_that_of_dense_grpo():
         models[0], t, t.train[:2], 3, max_tokens=4, generator=torch.Generator().manual_seed(0)
     )
     rollouts.rewards = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-    Policy(models[0], settings).update(rollouts)
+    update(Policy(models[0], settings), rollouts)
 
     model = models[1]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.0)
@@ -182,11 +187,11 @@ def test_older_rollouts_use_the_decoupled_loss(monkeypatch):
         return real(logprobs, advantages, **options)
 
     monkeypatch.setattr(runs, "policy_loss", watch)
-    policy.update(rollouts)
+    update(policy, rollouts)
     assert seen[0]["correction"] == "clamp"
     old, behaviour = seen[0]["old_logprobs"], seen[0]["behavior_logprobs"]
     torch.testing.assert_close(old, behaviour, rtol=1e-3, atol=1e-4)  # the weights have not moved yet
-    policy.update(rollouts)
+    update(policy, rollouts)
     assert not torch.allclose(seen[-1]["old_logprobs"], behaviour, atol=1e-3)
 
 

@@ -75,11 +75,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         policy = self.accelerator.unwrap_model(model)
         schedule = self._shared_prefix_schedule
         if schedule is None or schedule.model is not policy:  # TRL's reference model comes here too
-            schedule = SharedPrefixSchedule(
+            schedule = self._shared_prefix_schedule = SharedPrefixSchedule(
                 policy, self.shared_prefix_mode, temperature=float(self.temperature), aux_loss=0.0
             )
-            if self._shared_prefix_schedule is None:
-                self._shared_prefix_schedule = schedule
         tree, token_ids, places = share_prompts(input_ids, attention_mask, logits_to_keep)
         run = schedule.differentiable_logprobs if torch.is_grad_enabled() else schedule.logprobs
         with self.accelerator.autocast():  # the schedule calls the decoder, not the wrapped forward

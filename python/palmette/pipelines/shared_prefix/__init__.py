@@ -91,7 +91,7 @@ class SharedPrefixSchedule:
             wanted = getattr(config, "output_router_logits", False)
             aux_loss = getattr(config, "router_aux_loss_coef", 0.0) if wanted else 0.0
         check_number("aux_loss", aux_loss, 0, 1e6)
-        self.model, self.group = model, group
+        self.model = model
         self._options = Options(mode, float(temperature), float(aux_loss), chunk_bytes, group)
         self._vocab_size = config.vocab_size
         self._longest = _longest_path(config)
@@ -153,8 +153,8 @@ class SharedPrefixSchedule:
             with self._buffer(options) as options:
                 step = Step(self.model, options, forest, token_ids, loss_fn, denominator)
                 loss = step.run(microbatch_tokens)
-            if self.group is not None:
-                loss = self._reduce(parameters, loss)
+            if options.group is not None:
+                loss = _reduce(parameters, loss, options.group)
             # in the new gradients first: what is wrong with the old ones shows before they change
             both = [(p, grad) for p, grad in zip(parameters, before, strict=True) if grad is not None]
             for p, grad in both:
@@ -261,16 +261,17 @@ class SharedPrefixSchedule:
             )
         return Forest.of(tree)
 
-    def _reduce(self, parameters: list[Tensor], loss: Tensor) -> Tensor:
-        """Sums over the ranks. A rank whose tree does not reach a parameter has zeros."""
-        import torch.distributed as dist
 
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad, group=self.group)
-        dist.all_reduce(loss, group=self.group)
-        return loss
+def _reduce(parameters: list[Tensor], loss: Tensor, group: Any) -> Tensor:
+    """Sums over the ranks. A rank whose tree does not reach a parameter has zeros."""
+    import torch.distributed as dist
+
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad, group=group)
+    dist.all_reduce(loss, group=group)
+    return loss
 
 
 def _check_model(model: Any) -> Any:

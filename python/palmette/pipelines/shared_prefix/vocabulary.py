@@ -9,6 +9,7 @@ autograd, whose embedding would make a dense gradient in every backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -169,25 +170,17 @@ class Head:
         wide = widened(hidden)
         dhidden = torch.zeros_like(wide)
         self._used = self._used or len(tokens) > 0
-        if self.wide is None:
-            return self._in_chunks(self._by_module, wide, targets, tokens, dhidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self._in_chunks(self._by_weight, wide, targets, tokens, dhidden)
-
-    def _in_chunks(
-        self,
-        one: Callable[[Tensor, Tensor, Tensor], Tensor | None],
-        hidden: Tensor,
-        targets: Tensor,
-        tokens: Tensor,
-        dhidden: Tensor,
-    ) -> Tensor:
-        rows = chunk_rows(len(tokens), self.vocab_size, hidden.dtype, self.chunk_bytes)
-        for begin in range(0, len(tokens), rows):
-            part = slice(begin, begin + rows)
-            found = one(hidden[part], targets[part], tokens[part])
-            if found is not None:
-                dhidden[part] = found
+        one = self._by_module
+        context: AbstractContextManager[Any] = nullcontext()
+        if self.wide is not None:  # products in float32
+            one, context = self._by_weight, torch.autocast(hidden.device.type, enabled=False)
+        rows = chunk_rows(len(tokens), self.vocab_size, wide.dtype, self.chunk_bytes)
+        with context:
+            for begin in range(0, len(tokens), rows):
+                part = slice(begin, begin + rows)
+                found = one(wide[part], targets[part], tokens[part])
+                if found is not None:
+                    dhidden[part] = found
         return dhidden
 
     def _gradient(self, logprobs: Tensor, tokens: Tensor) -> Tensor | None:

@@ -73,14 +73,8 @@ class Policy:
         )
         self.version = 0
 
-    def update(self, rollouts: Rollouts) -> float:
-        """One step of GRPO, or of decoupled PPO where the rollouts are older; returns the loss."""
-        loss = self.gradients(rollouts)
-        self.step()
-        return loss
-
     def gradients(self, rollouts: Rollouts) -> float:
-        """Those of the loss, which it returns; nothing else changes."""
+        """Those of GRPO, or of decoupled PPO where the rollouts are older; returns the loss."""
         settings = self.settings
         advantages = rollouts.of_tokens(group_advantages(rollouts.rewards))
         stale = rollouts.version != self.version
