@@ -11,14 +11,10 @@ pipelines of its own.
 
 from __future__ import annotations
 
-import math
 import pickle
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +28,7 @@ from palmette.codecs import Codec
 
 from .activation_store import ActivationStore, sample_ids
 from .delta_codec import DeltaCodec, DeltaPlan
+from .watched_transfers import BACKWARD, FORWARD, PipelineError, Place, WatchedTransfer
 
 TORCH_VERSIONS = ("2.13",)
 _HOOKS = (
@@ -50,30 +47,8 @@ _HOOKS = (
     "_prepare_forward_infra",
     "clear_runtime_states",
 )
-_FORWARD, _BACKWARD = "forward", "backward"
-_CARGO = {_FORWARD: "activations", _BACKWARD: "gradients"}
 
 EdgeCodec = Codec | DeltaCodec | None
-
-
-class PipelineError(RuntimeError):
-    """A message between two stages did not arrive, or not as it was sent.
-
-    Attributes:
-        stage: That noticed it.
-        peer: The stage at the other end.
-        direction: ``"forward"``, ``"backward"``; ``"setup"`` for what is exchanged before a step.
-        microbatch: Of the step; None outside.
-    """
-
-    def __init__(
-        self, message: str, *, stage: int, peer: int, direction: str, microbatch: int | None
-    ) -> None:
-        super().__init__(message)
-        self.stage = stage
-        self.peer = peer
-        self.direction = direction
-        self.microbatch = microbatch
 
 
 @dataclass(frozen=True)
@@ -93,7 +68,7 @@ class Edge:
     backward: Codec | Sequence[Codec | None] | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in ((_FORWARD, (Codec, DeltaCodec)), (_BACKWARD, (Codec,))):
+        for name, allowed in ((FORWARD, (Codec, DeltaCodec)), (BACKWARD, (Codec,))):
             for codec in self.codecs(name):
                 if codec is not None and not isinstance(codec, allowed):
                     wanted = " or ".join(kind.__name__ for kind in allowed)
@@ -105,7 +80,7 @@ class Edge:
         return tuple(value) if isinstance(value, Sequence) else (value,)
 
     def deltas(self) -> list[DeltaCodec]:
-        return [codec for codec in self.codecs(_FORWARD) if isinstance(codec, DeltaCodec)]
+        return [codec for codec in self.codecs(FORWARD) if isinstance(codec, DeltaCodec)]
 
 
 @dataclass
@@ -233,11 +208,11 @@ class QuantPipelineStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         buffers = [op.tensor for op in super().get_fwd_recv_ops(fwd_chunk_id)]
-        return self._receive(_FORWARD, fwd_chunk_id, self.stage_index - 1, self._input_edge, buffers)
+        return self._receive(FORWARD, fwd_chunk_id, self.stage_index - 1, self._input_edge, buffers)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         buffers = [op.tensor for op in super().get_bwd_recv_ops(bwd_chunk_id)]
-        return self._receive(_BACKWARD, bwd_chunk_id, self.stage_index + 1, self._output_edge, buffers)
+        return self._receive(BACKWARD, bwd_chunk_id, self.stage_index + 1, self._output_edge, buffers)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         tensors = [op.tensor for op in super().get_fwd_send_ops(fwd_chunk_id)]
@@ -248,18 +223,18 @@ class QuantPipelineStage(PipelineStage):
                 f"outputs of stage {self.stage_index} must have the shapes of the first microbatch, "
                 f"{expected}, got {shapes} in microbatch {fwd_chunk_id}: is the batch split evenly?"
             )
-        return self._send(_FORWARD, fwd_chunk_id, self.stage_index + 1, self._output_edge, tensors)
+        return self._send(FORWARD, fwd_chunk_id, self.stage_index + 1, self._output_edge, tensors)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         tensors = [op.tensor for op in super().get_bwd_send_ops(bwd_chunk_id)]
-        return self._send(_BACKWARD, bwd_chunk_id, self.stage_index - 1, self._input_edge, tensors)
+        return self._send(BACKWARD, bwd_chunk_id, self.stage_index - 1, self._input_edge, tensors)
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
-        self._decode(_FORWARD, fwd_chunk_id)
+        self._decode(FORWARD, fwd_chunk_id)
         return super()._retrieve_recv_activations(fwd_chunk_id)
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
-        self._decode(_BACKWARD, bwd_chunk_id)
+        self._decode(BACKWARD, bwd_chunk_id)
         return super()._retrieve_recv_grads(bwd_chunk_id)
 
     def _receive(
@@ -268,7 +243,7 @@ class QuantPipelineStage(PipelineStage):
         """One operation for the message that fills all buffers."""
         if not buffers:
             return []
-        place = _Place(self, peer, direction, microbatch)
+        place = self._place(peer, direction, microbatch)
         with place.explaining("receiving"):
             parts, size, room = self._parts(edge, direction, microbatch, buffers)
         # gloo ends the process when a message is longer than its buffer, as it might be if stores differed
@@ -281,7 +256,7 @@ class QuantPipelineStage(PipelineStage):
     ) -> list[dist.P2POp]:
         if not tensors:
             return []
-        place = _Place(self, peer, direction, microbatch)
+        place = self._place(peer, direction, microbatch)
         with place.explaining("encoding"), torch.no_grad():
             parts, size, _ = self._parts(edge, direction, microbatch, tensors)
             wire = self._wire(direction, True, microbatch, size)
@@ -355,10 +330,13 @@ class QuantPipelineStage(PipelineStage):
     def _count(self, direction: str, num_bytes: int) -> None:
         setattr(self.wire_bytes, direction, getattr(self.wire_bytes, direction) + num_bytes)
 
-    def _operation(self, op: Callable[..., Any], wire: Tensor, place: _Place) -> dist.P2POp:
+    def _place(self, peer: int, direction: str, microbatch: int | None) -> Place:
+        return Place(self.stage_index, peer, self.stage_index_to_group_rank[peer], direction, microbatch)
+
+    def _operation(self, op: Callable[..., Any], wire: Tensor, place: Place) -> dist.P2POp:
         operation = dist.P2POp(op, wire, self._resolve_peer_global_rank(place.peer), self.group)
         if self._watched:
-            operation.op = _Watched(op, self._begin, place, self.timeout)
+            operation.op = WatchedTransfer(op, self._begin, place, self.timeout)
         return operation
 
     def _begin(self, op: Callable[..., Any], tensor: Tensor, **options: Any) -> Any:
@@ -473,7 +451,7 @@ class QuantPipelineStage(PipelineStage):
         return self._transfer(dist.irecv, torch.zeros(size, dtype=torch.uint8), peer).numpy().tobytes()
 
     def _transfer(self, op: Callable[..., Any], message: Tensor, peer: int) -> Tensor:
-        operation = self._operation(op, message.to(self.device), _Place(self, peer, "setup", None))
+        operation = self._operation(op, message.to(self.device), self._place(peer, "setup", None))
         end = {"group_dst" if op is dist.isend else "group_src": operation.group_peer}
         operation.op(operation.tensor, group=operation.group, **end).wait()
         return operation.tensor.cpu()
@@ -528,109 +506,9 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class _Message:
-    place: _Place
+    place: Place
     parts: list[_Part]
     wire: Tensor
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a message is, for errors."""
-
-    owner: QuantPipelineStage = field(repr=False)
-    peer: int
-    direction: str
-    microbatch: int | None
-
-    def _error(self, action: str, what: str) -> PipelineError:
-        stage = self.owner.stage_index
-        rank = self.owner.stage_index_to_group_rank[self.peer]
-        cargo = _CARGO.get(self.direction, "what the stages agree on before a step")
-        of = "" if self.microbatch is None else f" of microbatch {self.microbatch}"
-        receives = action in ("receiving", "decoding")
-        way = "from" if receives else "to"
-        return PipelineError(
-            f"stage {stage}: {action} {cargo}{of} {way} stage {self.peer} (rank {rank}): {what}",
-            stage=stage,
-            peer=self.peer,
-            direction=self.direction,
-            microbatch=self.microbatch,
-        )
-
-    @contextmanager
-    def explaining(self, action: str) -> Iterator[None]:
-        """A codec's error says where it was."""
-        try:
-            yield
-        except ValueError as error:
-            raise self._error(action, str(error)) from error
-
-    @contextmanager
-    def watching(self, action: str, timeout: float) -> Iterator[None]:
-        """A backend's error says who is missing."""
-        begin = time.monotonic()
-        try:
-            yield
-        except RuntimeError as error:
-            waited = time.monotonic() - begin
-            if waited >= timeout:
-                what = f"nothing within the timeout of {timeout:g} s; the peer has stalled or computes longer"
-            else:
-                what = "the connection is lost; the peer has ended or cannot be reached"
-            raise self._error(action, f"{what} ({_first_line(error)})") from error
-
-
-class _Watched:
-    """``isend`` or ``irecv`` whose errors are PipelineErrors, and whose wait has an end."""
-
-    def __init__(
-        self, op: Callable[..., Any], begin: Callable[..., Any], place: _Place, timeout: float
-    ) -> None:
-        self.__name__ = op.__name__
-        self._op = op
-        self._begin = begin
-        self._place = place
-        self._timeout = timeout
-
-    def __call__(
-        self,
-        tensor: Tensor,
-        group: dist.ProcessGroup | None = None,
-        tag: int = 0,
-        group_dst: int | None = None,
-        group_src: int | None = None,
-    ) -> _WatchedWork:
-        # torch names the peer of an operation that it does not know a source
-        sends = self._op is dist.isend
-        peer = group_src if group_dst is None else group_dst
-        action = "sending" if sends else "receiving"
-        with self._place.watching(action, math.inf):
-            end = {"group_dst" if sends else "group_src": peer}
-            work = self._begin(self._op, tensor, group=group, tag=tag, **end)
-        return _WatchedWork(work, tensor, self._place, action, self._timeout)
-
-
-@dataclass(frozen=True)
-class _WatchedWork:
-    """A transfer that has begun. It keeps its buffer alive."""
-
-    work: Any
-    tensor: Tensor
-    place: _Place
-    action: str
-    timeout: float
-
-    def wait(self) -> None:
-        with self.place.watching(self.action, self.timeout):
-            self.work.wait(timedelta(seconds=self.timeout))
-
-
-def _first_line(error: Exception) -> str:
-    """Without the path of a source file that gloo begins with, and its advice."""
-    line = str(error).partition("\n")[0]
-    if line.startswith("["):
-        line = line.partition("] ")[2]
-    return line.partition(". This is typically")[0]
 
 
 def _chunk(total: int, count: int, index: int) -> tuple[int, int]:

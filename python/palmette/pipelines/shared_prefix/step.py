@@ -13,9 +13,10 @@ from torch import Tensor
 
 from palmette.losses import LogitsBuffer
 
-from ...integrations.prefix_transformers import PrefixPass, PrefixStack, prefix_attention_of
+from ...integrations.prefix_transformers import prefix_attention_of
 from ..saved_tensors import OffloadedTensors
 from .forest import Action, Forest, Rows
+from .path import PrefixPass, PrefixStack
 from .router import Router
 from .vocabulary import Embedding, Head, LossFunction, TableGradients
 
