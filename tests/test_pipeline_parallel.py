@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import signal
 
 import pipeline_workers as workers
@@ -11,7 +12,7 @@ import pytest
 import torch
 from palmette.codecs import CastCodec, FixpointCodec, TahCodec
 from palmette.pipelines import ActivationStore, DeltaCodec
-from palmette.pipelines.pipeline_parallel import Edge, QuantPipelineStage, _chunk
+from palmette.pipelines.pipeline_parallel import Edge, PipelineError, QuantPipelineStage, _chunk
 from pipeline_workers import EIGHT, FOUR
 from torch.distributed.pipelining import PipelineStage
 
@@ -257,6 +258,12 @@ def test_missing_hooks_are_told(monkeypatch):
     monkeypatch.delattr(PipelineStage, "_recv_meta")
     with pytest.raises(RuntimeError, match="got none of \\['_recv_meta'\\]"):
         QuantPipelineStage(torch.nn.Identity(), 0, 1, torch.device("cpu"))
+
+
+def test_errors_travel_between_processes():
+    error = PipelineError("lost", stage=1, peer=0, direction="forward", microbatch=3)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), vars(copy)) == ("lost", vars(error))
 
 
 def test_edges_are_checked():

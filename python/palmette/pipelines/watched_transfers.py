@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,11 @@ class PipelineError(RuntimeError):
         self.peer = peer
         self.direction = direction
         self.microbatch = microbatch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers send their errors to the process that started them."""
+        where = {name: getattr(self, name) for name in ("stage", "peer", "direction", "microbatch")}
+        return functools.partial(type(self), **where), self.args
 
 
 @dataclass(frozen=True)
