@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import itertools
@@ -358,7 +359,7 @@ def test_frozen_parameters(scalar_backend, frozen, mode):
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied"])
-@pytest.mark.parametrize("where", ["weights", "embeddings", "head"])
+@pytest.mark.parametrize("where", ["weights", "embeddings", "head", "forwards"])
 def test_hooks_are_seen(scalar_backend, kind, where):
     """Of the tables too, whose gradients do not come from autograd otherwise."""
     model = model_of(kind)
@@ -368,8 +369,12 @@ def test_hooks_are_seen(scalar_backend, kind, where):
             p.register_hook(lambda grad: grad * rows[:, None])
     elif where == "embeddings":
         model.model.embed_tokens.register_forward_hook(lambda m, i, out: 2 * out)
-    else:
+    elif where == "head":
         model.lm_head.register_forward_pre_hook(lambda m, i: (0.5 * i[0],))
+    else:  # as accelerate's hooks do
+        embed, head = model.model.embed_tokens.forward, model.lm_head.forward
+        model.model.embed_tokens.forward = lambda x: 3 * embed(x)
+        model.lm_head.forward = lambda x: 0.5 * head(x)
     compare(model, "nested", budget=12)
 
 
@@ -448,6 +453,22 @@ def test_autocast(cpu_backend, mode):
     assert relative_error(gradients(model), want) < 2 * base
 
 
+def test_a_loss_is_under_the_autocast_of_its_caller(cpu_backend):
+    tree, ids = tree_of("star")
+    seen: list[bool] = []
+
+    def loss_fn(logprobs: Tensor, tokens: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return logprobs.sum()
+
+    schedule = SharedPrefixSchedule(model_of("llama", torch.float32))
+    for enabled in (True, False):
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            schedule.step(tree, ids, loss_fn, microbatch_tokens=12, denominator=7.0)
+        assert set(seen) == {enabled}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_bfloat16(cpu_backend, mode):
     """Sums of the prefix's gradients are in float32: it is as good as the dense baseline."""
@@ -473,6 +494,26 @@ def test_gradients_of_another_dtype(cpu_backend):
     for _ in range(2):
         SharedPrefixSchedule(model).step(tree, ids, loss_fn, microbatch_tokens=9, denominator=7.0)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.fixture
+def world() -> Iterator[Any]:
+    """A group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_gradients_of_another_dtype_that_a_rank_does_not_reach(cpu_backend, world):
+    tree, ids = tree_of("no rollout")
+    model = model_of("llama", torch.bfloat16)
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    schedule = SharedPrefixSchedule(model, group=world)
+    schedule.step(tree, ids, loss_of(weights_of(tree)), microbatch_tokens=9, denominator=7.0)
+    assert all(p.grad.dtype == torch.float32 and not p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -711,17 +752,22 @@ def test_an_exception_leaves_no_files_behind(scalar_backend):
     assert open_files() == before
 
 
-def test_old_gradients_that_cannot_be_added_to(scalar_backend):
+@pytest.mark.parametrize("kind", ["inference", "expanded"])
+def test_old_gradients_that_cannot_be_added_to(scalar_backend, kind):
     tree, ids = tree_of("star")
     model = model_of("llama")
     step = functools.partial(
         SharedPrefixSchedule(model).step, tree, ids, loss_of(weights_of(tree)), denominator=7.0
     )
     step(microbatch_tokens=12)
-    with torch.inference_mode():
-        model.lm_head.weight.grad = model.lm_head.weight.grad.clone()
+    weight = model.lm_head.weight
+    if kind == "inference":
+        with torch.inference_mode():
+            weight.grad = weight.grad.clone()
+    else:
+        weight.grad = torch.ones(1, 1, dtype=weight.dtype).expand_as(weight)
     before = {n: (p.grad, p.grad.clone()) for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="gradients that are there must be dense and no inference tensors"):
+    with pytest.raises(ValueError, match="gradients that are there must be dense, not expanded, no infer"):
         step(microbatch_tokens=12)
     for name, p in model.named_parameters():
         assert p.grad is before[name][0]
@@ -792,16 +838,22 @@ def test_no_gradient_at_all(scalar_backend):
             assert not p.grad.any()
 
 
-def test_without_gradients(scalar_backend):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["llama", "qwen3-moe"])
+def test_without_gradients(scalar_backend, world, kind, mode):
+    """The same loss, that of load balancing included, and nothing else, of a group too."""
     tree, ids = tree_of("star")
     loss_fn = loss_of(weights_of(tree))
-    model = model_of("llama")
-    options = {"microbatch_tokens": 12, "denominator": 7.0}
-    want = SharedPrefixSchedule(model).step(tree, ids, loss_fn, **options)
+    model = model_of(kind)
+    aux = 0.3 if kind == "qwen3-moe" else 0.0
+    options = {"microbatch_tokens": 12, "denominator": torch.tensor(7)}
+    want = SharedPrefixSchedule(model, mode, aux_loss=aux).step(tree, ids, loss_fn, **options)
     model.zero_grad()
-    with torch.no_grad():
-        assert torch.equal(SharedPrefixSchedule(model).step(tree, ids, loss_fn, **options), want)
-    assert all(p.grad is None for p in model.parameters())
+    for group in (None, world):
+        with torch.no_grad():
+            schedule = SharedPrefixSchedule(model, mode, aux_loss=aux, group=group)
+            torch.testing.assert_close(schedule.step(tree, ids, loss_fn, **options), want)
+        assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -878,6 +930,49 @@ def test_models_that_it_cannot_run():
     model.lm_head.weight.device_mesh = None
     with pytest.raises(ValueError, match="model must hold whole parameters, got DTensors"):
         SharedPrefixSchedule(model)
+
+
+def test_a_layer_that_attends_twice(scalar_backend):
+    config = transformers.DiffLlamaConfig(**SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    tree, ids = tree_of("nested")
+    with pytest.raises(ValueError, match="model must attend once in each layer behind a prefix, got another"):
+        SharedPrefixSchedule(model).logprobs(tree, ids, microbatch_tokens=12)
+
+
+def test_heads_that_are_more_than_the_output_embeddings():
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, is_decoder=True)
+    with pytest.raises(ValueError, match="logits of the model must be its output embeddings times its dec"):
+        SharedPrefixSchedule(transformers.BertLMHeadModel(config))
+    config = transformers.ElectraConfig(
+        **sizes, embedding_size=48, num_hidden_layers=2, num_attention_heads=4, is_decoder=True
+    )
+    with pytest.raises(ValueError, match="logits of the model must be its output embeddings times its dec"):
+        SharedPrefixSchedule(transformers.ElectraForCausalLM(config))
+    model = model_of("llama", torch.float32)
+    model.config.logit_scale = 0.5
+    with pytest.raises(ValueError, match=r"logit_scale of the model must be 1, got 0\.5"):
+        SharedPrefixSchedule(model)
+
+
+def test_attention_that_was_not_decided_stays_so():
+    config = transformers.MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=2, max_seq_len=64)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    before = model.config._attn_implementation, model.config.attn_config._attn_implementation
+    tree, ids = tree_of("star")
+    with pytest.raises(ValueError, match="model must attend to the tokens before in all of its 2 layers"):
+        SharedPrefixSchedule(model).logprobs(tree, ids, microbatch_tokens=12)
+    assert before == (model.config._attn_implementation, model.config.attn_config._attn_implementation)
+
+
+def test_a_schedule_can_be_copied(scalar_backend):
+    tree, ids = tree_of("star")
+    schedule = SharedPrefixSchedule(model_of("llama"))
+    want = schedule.logprobs(tree, ids, microbatch_tokens=12)
+    copied = copy.deepcopy(schedule)
+    assert copied.model is not schedule.model
+    assert torch.equal(copied.logprobs(tree, ids, microbatch_tokens=12), want)
 
 
 def test_learned_prompts():
@@ -1012,6 +1107,16 @@ def test_losses_that_are_no_sums_over_tokens(scalar_backend, mode):
         assert not schedule.differentiable_logprobs(tree, ids, microbatch_tokens=12).requires_grad
 
 
+def test_parameters_that_change_before_the_backward(scalar_backend):
+    tree, ids = tree_of("star")
+    model = model_of("llama")
+    found = SharedPrefixSchedule(model).differentiable_logprobs(tree, ids, microbatch_tokens=12)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="parameters must not change between log-probabilities and their"):
+        found.sum().backward()
+
+
 def test_log_probabilities_have_no_load_balancing_loss(scalar_backend):
     tree, ids = tree_of("nested")
     model = model_of("qwen3-moe", output_router_logits=True, router_aux_loss_coef=0.3)
@@ -1027,11 +1132,10 @@ def test_log_probabilities_have_no_load_balancing_loss(scalar_backend):
 def test_each_token_is_computed_once(scalar_backend):
     tree, ids = tree_of("nested")
     model = model_of("llama")
+    schedule = SharedPrefixSchedule(model)
     seen: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda m, i, o: seen.extend(i[0].flatten().tolist()))
-    SharedPrefixSchedule(model).step(
-        tree, ids, loss_of(weights_of(tree)), microbatch_tokens=12, denominator=1.0
-    )
+    schedule.step(tree, ids, loss_of(weights_of(tree)), microbatch_tokens=12, denominator=1.0)
     assert sorted(seen) == sorted(ids.tolist())
 
 

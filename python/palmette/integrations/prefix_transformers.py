@@ -45,7 +45,8 @@ def attention_forward(
     """What transformers calls: query [1, Hq, T, D], key and value [1, Hk, T, D] -> out [1, T, Hq, Dv]."""
     if prefix_pass is None:
         raise ValueError(
-            "model must not be called by others while a step of it runs, got a call (in loss_fn?)"
+            "model must not be called by others while a step of it runs, and must pass keyword arguments to "
+            "its attention, got a call without prefix_pass (in loss_fn?)"
         )
     if dropout:
         raise ValueError(f"attention_dropout must be 0 behind a shared prefix, got {dropout}")
@@ -75,8 +76,11 @@ def prefix_attention_of(model: Any) -> Iterator[None]:
     for name in getattr(config, "sub_configs", None) or {}:
         if (part := getattr(config, name, None)) is not None:
             before[name] = part._attn_implementation
+    undecided = [name for name, value in before.items() if value is None]
     try:
         model.set_attn_implementation(ATTENTION_NAME)
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation({name: value for name, value in before.items() if value is not None})
+        for name in undecided:  # transformers takes no None back
+            (getattr(config, name) if name else config)._attn_implementation = None

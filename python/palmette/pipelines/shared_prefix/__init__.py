@@ -17,6 +17,7 @@ Source: "Schedule-Level Shared-Prefix Reuse for LLM RL Training" (arXiv 2606.011
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -32,9 +33,10 @@ from palmette._checks import INDEX, check_at_least, check_dtype, check_number, c
 from palmette.losses import CHUNK_BYTES, LogitsBuffer
 from palmette.tree import Tree
 
+from .context import autocast_of, random_state, random_state_of
 from .forest import Forest
-from .step import Options, Step, autocast_of, random_state, random_state_of
-from .vocabulary import LossFunction
+from .step import Options, Step
+from .vocabulary import LossFunction, gradient_dtype, logits_of, softcap_of
 
 MODES = ("retain", "offload", "recompute")
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -67,7 +69,9 @@ class SharedPrefixSchedule:
     Raises:
         ValueError: an option is unknown, or the model is none that this can run: not a causal language model
             of transformers itself but a wrapper of one (DistributedDataParallel, FSDP2), or one with layers
-            that are not softmax attention over all tokens before or a window of them, or prompts of PEFT.
+            that are not softmax attention over all tokens before or a window of them, or prompts of PEFT, or
+            logits that are not its output embeddings times its decoder's hidden states (three tokens are run
+            to see).
 
     Source: "Schedule-Level Shared-Prefix Reuse for LLM RL Training" (arXiv 2606.01143).
     """
@@ -104,7 +108,7 @@ class SharedPrefixSchedule:
         loss_fn: LossFunction,
         *,
         microbatch_tokens: int,
-        denominator: float,
+        denominator: float | Tensor,
     ) -> Tensor:
         """Adds the gradients of ``sum of losses / denominator`` to the parameters' ``grad``.
 
@@ -121,7 +125,8 @@ class SharedPrefixSchedule:
                 else it is computed from (parameters of its own) gets no gradient.
             microbatch_tokens: how many run forward and backward together at most. No node is cut: a longer
                 one is a microbatch of its own.
-            denominator: what the loss is divided by; with a group, that of all ranks.
+            denominator: what the loss is divided by, a number or a tensor of one; with a group, that of all
+                ranks.
 
         Returns:
             The loss, a float64 scalar without a graph; the load-balancing loss is part of it.
@@ -130,7 +135,10 @@ class SharedPrefixSchedule:
             ValueError: an argument does not fit. Like any other exception it leaves parameters and their
                 gradients as they were before the step.
         """
+        if isinstance(denominator, Tensor) and denominator.numel() == 1:
+            denominator = float(denominator)
         check_number("denominator", denominator, 1e-300, 1e300)
+        assert not isinstance(denominator, Tensor)
         return self._step(tree, token_ids, loss_fn, microbatch_tokens, denominator, self._options)
 
     def _step(
@@ -158,9 +166,9 @@ class SharedPrefixSchedule:
             # in the new gradients first: what is wrong with the old ones shows before they change
             both = [(p, grad) for p, grad in zip(parameters, before, strict=True) if grad is not None]
             for p, grad in both:
-                if grad.is_inference() or grad.layout != torch.strided:
+                if grad.is_inference() or grad.layout != torch.strided or _is_expanded(grad):
                     raise ValueError(
-                        "gradients that are there must be dense and no inference tensors, got one"
+                        "gradients that are there must be dense, not expanded, no inference tensors, got one"
                     )
                 p.grad = grad.clone() if p.grad is None else p.grad.add_(grad)
         except BaseException:
@@ -171,6 +179,12 @@ class SharedPrefixSchedule:
             assert p.grad is not None
             p.grad = grad.copy_(p.grad)
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_buffer_in_use"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _buffer_in_use=threading.Lock())
 
     @contextmanager
     def _buffer(self, options: Options) -> Iterator[Options]:
@@ -204,7 +218,8 @@ class SharedPrefixSchedule:
             found.append((logprobs, tokens))
             return logprobs.new_zeros(())
 
-        with self._buffer(self._options) as options:
+        without_aux = dataclasses.replace(self._options, aux_loss=0.0)  # the same buffer
+        with self._buffer(without_aux) as options:
             step = Step(self.model, options, forest, token_ids, keep, 1.0)
             step.head.entropies = [] if return_entropy else None
             step.run(microbatch_tokens)
@@ -234,7 +249,7 @@ class SharedPrefixSchedule:
         Returns:
             [N]; with return_entropy also entropies [N]. The backward of the first adds to the parameters'
             ``grad``, those of a load-balancing loss left out; ``torch.autograd.grad`` finds nothing. Dropout
-            is the same in both passes.
+            is the same in both passes. It raises RuntimeError where the parameters have changed since.
         """
         anchor = torch.zeros((), requires_grad=True)
         found, entropies = _StepBackward.apply(  # type: ignore[no-untyped-call]
@@ -266,12 +281,16 @@ def _reduce(parameters: list[Tensor], loss: Tensor, group: Any) -> Tensor:
     """Sums over the ranks. A rank whose tree does not reach a parameter has zeros."""
     import torch.distributed as dist
 
-    for p in parameters:
+    for p in parameters if torch.is_grad_enabled() else ():
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))
         dist.all_reduce(p.grad, group=group)
     dist.all_reduce(loss, group=group)
     return loss
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _check_model(model: Any) -> Any:
@@ -294,7 +313,37 @@ def _check_model(model: Any) -> Any:
         raise ValueError(
             f"layer_types of the model must be of {', '.join(LAYER_TYPES)}, got {', '.join(others)}"
         )
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{name} of the model must be 1, got {getattr(config, name)}")
+    _check_logits(model, config)
     return config
+
+
+@torch.no_grad()
+def _check_logits(model: Any, config: Any) -> None:
+    """Are the model's logits those of its output embeddings? Runs three tokens."""
+    found: list[Tensor] = []
+    decoder = model.get_decoder()
+    handle = decoder.register_forward_hook(lambda _, __, out: found.append(out[0]))
+    device = next(model.parameters()).device
+    ids = torch.arange(min(3, config.vocab_size), device=device)[None]
+    try:
+        with random_state_of(None, device):
+            want = model(input_ids=ids, use_cache=False, return_dict=True).logits
+    finally:
+        handle.remove()
+    fits = False
+    if len(found) == 1:
+        with contextlib.suppress(RuntimeError):  # shapes that do not fit
+            got = logits_of(model.get_output_embeddings(), softcap_of(config), found[0])
+            # of the same hidden states; autocast rounds to 8 bits
+            fits = not float((got - want).abs().max()) > 0.05 * float(want.abs().max())
+    if not fits:
+        raise ValueError(
+            f"logits of the model must be its output embeddings times its decoder's hidden states, got "
+            f"{type(model).__name__}, whose logits are others (scaled, or of a larger head)"
+        )
 
 
 def _longest_path(config: Any) -> float:
@@ -307,6 +356,11 @@ def _longest_path(config: Any) -> float:
         if part.get("rope_type") in ("dynamic", "longrope")
     ]
     return min(limits, default=math.inf)
+
+
+def _versions(model: Any) -> list[int]:
+    """How often parameters have been written to."""
+    return [0 if p.is_inference() else p._version for p in model.parameters()]
 
 
 class _StepBackward(torch.autograd.Function):
@@ -323,6 +377,7 @@ class _StepBackward(torch.autograd.Function):
         ctx.step = (schedule, tree.copy(), token_ids.clone(), microbatch_tokens)
         device = next(schedule.model.parameters()).device
         ctx.rng, ctx.autocast = random_state(device), autocast_of(device)
+        ctx.versions = _versions(schedule.model)
         found = schedule.logprobs(
             tree, token_ids, microbatch_tokens=microbatch_tokens, return_entropy=return_entropy
         )
@@ -335,6 +390,8 @@ class _StepBackward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         schedule, tree, token_ids, microbatch_tokens = ctx.step
+        if ctx.versions != _versions(schedule.model):
+            raise RuntimeError("parameters must not change between log-probabilities and their backward pass")
         device = next(schedule.model.parameters()).device
         with torch.enable_grad(), random_state_of(ctx.rng, device), ctx.autocast:
             schedule._step(

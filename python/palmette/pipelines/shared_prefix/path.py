@@ -74,6 +74,7 @@ class PrefixPass:
     Attributes:
         kept: by layer, the keys and values [T, Hk, D] of this forward's tokens, with their graph.
         layers: that have attended.
+        finished: the forward is over; a layer that comes now is a checkpointed one, in the backward pass.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class PrefixPass:
         self.keep, self.write, self.graph = keep, write, graph
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.layers: set[int] = set()
+        self.finished = False
         self._plans: dict[tuple[int, int, int, int | None], PrefixPlan] = {}
 
     def _plan(self, q: Tensor, k: Tensor, window: int | None) -> PrefixPlan:
@@ -122,6 +124,10 @@ class PrefixPass:
             raise ValueError(
                 "gradient checkpointing must not be the reentrant one, got use_reentrant=True: keys and "
                 "values have no graph in it"
+            )
+        if layer in self.layers and not self.finished:
+            raise ValueError(
+                f"model must attend once in each layer behind a prefix, got another call of layer {layer}"
             )
         self.layers.add(layer)
         plan = self._plan(q, k, window)

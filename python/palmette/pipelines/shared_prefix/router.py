@@ -19,12 +19,13 @@ class Router:
     f_e is the share of choices that go to expert e, times how many experts a token has, and P_e the mean
     probability, over the tokens of all sequences and layers: a token counts once for each leaf at or below
     it. The counts are those of a pass before, so that the loss is a sum over tokens, as any other.
+    graph: there will be a backward pass.
 
     Source: Switch Transformers (arXiv 2101.03961), as transformers computes it.
     """
 
-    def __init__(self, coefficient: float, decoder: Any, config: Any) -> None:
-        self.coefficient = coefficient
+    def __init__(self, coefficient: float, decoder: Any, config: Any, *, graph: bool) -> None:
+        self.coefficient, self.graph = coefficient, graph
         self.loss = torch.zeros((), dtype=torch.float64, device=next(decoder.parameters()).device)
         self.modules: list[Any] = []
         if not coefficient:
@@ -110,6 +111,6 @@ class Watch:
         if not parts:
             return None
         total = torch.stack(parts).sum()
-        if torch.is_grad_enabled():  # not when a prefix runs that is going to run again
+        if torch.is_grad_enabled() or not router.graph:  # not when a prefix runs that is going to run again
             router.loss += total.detach().double()
         return total

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,44 +14,11 @@ from palmette.losses import LogitsBuffer
 
 from ...integrations.prefix_transformers import prefix_attention_of
 from ..saved_tensors import OffloadedTensors
+from .context import autocast_of, random_state, random_state_of
 from .forest import Action, Forest, Rows
 from .path import PrefixPass, PrefixStack
 from .router import Router
 from .vocabulary import Embedding, Head, LossFunction, TableGradients
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """Of the CPU's generator and the device's."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-@contextmanager
-def random_state_of(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
-    """Within, random numbers begin from ``states`` (None: go on); afterwards they are where they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if states is not None:
-            torch.set_rng_state(states[0])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(states[1], device)
-        yield
-
-
-def autocast_of(device: torch.device) -> torch.autocast:
-    """Autocast as it is now, to be entered later or again.
-
-    It keeps no casts of weights: one made without a graph, in a prefix that is going to run again, would be
-    taken for the pass with one.
-    """
-    kind = device.type
-    return torch.autocast(
-        kind,
-        dtype=torch.get_autocast_dtype(kind),
-        enabled=torch.is_autocast_enabled(kind),
-        cache_enabled=False,
-    )
 
 
 @dataclass
@@ -145,7 +111,7 @@ class Step:
             self.tables if self.grad else None,
         )
         self.num_layers = config.num_hidden_layers
-        self.router = Router(options.aux_loss if self.grad else 0.0, self.decoder, config)
+        self.router = Router(options.aux_loss, self.decoder, config, graph=self.grad)
         self.stack = PrefixStack(0, self.grad)
         self.nodes: dict[int, Node] = {}
         self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -199,6 +165,7 @@ class Step:
                 return_dict=True,
                 prefix_pass=this,
             )
+        this.finished = True
         if len(this.layers) != self.num_layers:
             raise ValueError(
                 f"model must attend to the tokens before in all of its {self.num_layers} layers, as softmax "

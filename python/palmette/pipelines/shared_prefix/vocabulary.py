@@ -18,6 +18,8 @@ from torch import Tensor
 from palmette._attend import state_dtype
 from palmette.losses import LogitsBuffer, chunk_rows, widened
 
+from .context import autocast_of
+
 _ops = torch.ops.palmette
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -32,12 +34,24 @@ def is_plain(module: Any) -> bool:
         and not weight._backward_hooks
         and not weight._post_accumulate_grad_hooks
         and not any(getattr(module, name) for name in hooks)
+        and "forward" not in vars(module)  # accelerate's hooks replace it
     )
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
     """That ``grad`` has: PyTorch lets it be another one than the parameter's."""
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
+def softcap_of(config: Any) -> float | None:
+    """Of the logits, as models call it."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def logits_of(module: Any, softcap: float | None, hidden: Tensor) -> Tensor:
+    """What a head of transformers makes of hidden states."""
+    logits = widened(module(hidden))
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 class TableGradients:
@@ -126,9 +140,6 @@ class Head:
         loss: so far.
         dtype: of log-probabilities.
         entropies: if they are wanted, a list to which (entropies [t], tokens [t]) are appended.
-
-    Raises:
-        ValueError: the model scales its logits.
     """
 
     def __init__(
@@ -142,13 +153,11 @@ class Head:
         buffer: LogitsBuffer,
         gradients: TableGradients | None,
     ) -> None:
-        for name in ("logit_scale", "logits_scaling"):
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise ValueError(f"{name} of the model must be 1, got {getattr(config, name)}")
         self.module, self.loss_fn, self.gradients = module, loss_fn, gradients
         self.denominator, self.temperature, self.buffer = denominator, temperature, buffer
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.softcap = softcap_of(config)
         first = next(module.parameters())
+        self.autocast = autocast_of(first.device)
         self.dtype = state_dtype(first.dtype)
         by_weight = type(module) is torch.nn.Linear and module.bias is None and not self.softcap
         self.wide = widened(module.weight.detach()) if by_weight and is_plain(module) else None
@@ -185,7 +194,8 @@ class Head:
 
     def _gradient(self, logprobs: Tensor, tokens: Tensor) -> Tensor | None:
         """Adds the loss; returns its gradient to the log-probabilities, None where it is 0."""
-        with torch.set_grad_enabled(self.gradients is not None):
+        # the products are in float32, but what loss_fn computes is under the caller's autocast
+        with torch.set_grad_enabled(self.gradients is not None), self.autocast:
             leaf = logprobs.detach().requires_grad_(self.gradients is not None)
             loss = self.loss_fn(leaf, tokens)
             if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.is_complex():
@@ -221,9 +231,7 @@ class Head:
         with torch.set_grad_enabled(self.gradients is not None):
             leaf = hidden.to(next(self.module.parameters()).dtype)
             leaf.requires_grad_(self.gradients is not None)
-            logits = widened(self.module(leaf))
-            if self.softcap:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
+            logits = logits_of(self.module, self.softcap, leaf)
             logprobs = torch.log_softmax(logits / self.temperature, -1)
             chosen = logprobs.gather(-1, targets[:, None])[:, 0]
         if self.entropies is not None:
