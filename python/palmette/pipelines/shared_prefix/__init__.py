@@ -36,7 +36,7 @@ from palmette.tree import Tree
 from .context import autocast_of, random_state, random_state_of
 from .forest import Forest
 from .step import Options, Step
-from .vocabulary import LossFunction, gradient_dtype, logits_of, softcap_of
+from .vocabulary import LossFunction, ensure_gradient, logits_of, softcap_of
 
 MODES = ("retain", "offload", "recompute")
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -282,9 +282,7 @@ def _reduce(parameters: list[Tensor], loss: Tensor, group: Any) -> Tensor:
     import torch.distributed as dist
 
     for p in parameters if torch.is_grad_enabled() else ():
-        if p.grad is None:
-            p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))
-        dist.all_reduce(p.grad, group=group)
+        dist.all_reduce(ensure_gradient(p), group=group)
     dist.all_reduce(loss, group=group)
     return loss
 

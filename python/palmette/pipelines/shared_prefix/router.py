@@ -19,7 +19,11 @@ class Router:
     f_e is the share of choices that go to expert e, times how many experts a token has, and P_e the mean
     probability, over the tokens of all sequences and layers: a token counts once for each leaf at or below
     it. The counts are those of a pass before, so that the loss is a sum over tokens, as any other.
-    graph: there will be a backward pass.
+
+    Args:
+        coefficient: of the loss; 0: there is none.
+        decoder, config: of the model.
+        graph: there will be a backward pass.
 
     Source: Switch Transformers (arXiv 2101.03961), as transformers computes it.
     """

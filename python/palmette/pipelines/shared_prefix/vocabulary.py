@@ -43,6 +43,13 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype:
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
+def ensure_gradient(parameter: Tensor) -> Tensor:
+    """Its ``grad``, zeros where it had none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter, dtype=gradient_dtype(parameter))
+    return parameter.grad
+
+
 def softcap_of(config: Any) -> float | None:
     """Of the logits, as models call it."""
     return getattr(config, "final_logit_softcapping", None)
@@ -170,8 +177,8 @@ class Head:
         """A head that was used has a gradient, 0 where no loss had one: optimizers tell it from None."""
         if self._used and self.gradients is not None:
             for p in self.module.parameters():
-                if p.requires_grad and p.grad is None:
-                    p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))
+                if p.requires_grad:
+                    ensure_gradient(p)
 
     def losses(self, hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
         """Adds the tokens' losses; returns the gradients of hidden [t, hidden], which predicts targets
