@@ -11,8 +11,8 @@ import palmette
 import pytest
 import torch
 from palmette import testing
-from palmette.codecs import is_hadamard_size
-from palmette.reference import codecs as reference
+from palmette.hadamard import is_hadamard_size
+from palmette.reference import hadamard as reference
 from palmette.testing import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

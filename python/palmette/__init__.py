@@ -22,12 +22,12 @@ try:
         fixpoint_decode,
         fixpoint_encode,
         fixpoint_wire_size,
-        hadamard_transform,
         tah_decode,
         tah_encode,
         tah_wire_size,
         wire_status,
     )
+    from palmette.hadamard import hadamard_transform
     from palmette.losses import group_advantages, policy_loss, token_logprobs
     from palmette.prefix_attention import PrefixPlan, plan_prefix_attention, prefix_attention
     from palmette.sparse_attention import (
