@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from palmette.reference.hadamard import hadamard_matrix
 from torch import Tensor
 
 from bench.peers import Contender
@@ -40,14 +41,6 @@ def fired_share(wire: Tensor, shape: Sequence[int]) -> float:
     return sum(int(byte).bit_count() for byte in bits.tolist()) / tiles
 
 
-def hadamard_matrix(size: int) -> Tensor:
-    """Sylvester's, float32."""
-    h = torch.ones(1, 1)
-    while h.shape[0] < size:
-        h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), h)
-    return h
-
-
 def hadamard_in_place(x: Tensor) -> list[Contender]:
     """fht-cpu, where it is installed."""
     try:
@@ -60,7 +53,7 @@ def hadamard_in_place(x: Tensor) -> list[Contender]:
 
 def hadamard_by_matmul(x: Tensor) -> Contender:
     """torch.mm with the matrix; it cannot work in place."""
-    h, out = hadamard_matrix(x.shape[-1]) * x.shape[-1] ** -0.5, torch.empty_like(x)
+    h, out = hadamard_matrix(x.shape[-1]).float() * x.shape[-1] ** -0.5, torch.empty_like(x)
     return Contender("torch.mm", lambda: torch.mm(x, h, out=out), lambda out: out)
 
 
@@ -70,7 +63,7 @@ def hadamard_by_matmul(x: Tensor) -> Contender:
 def unfused_tah(x: Tensor, size: int = 64, low: int = 3, high: int = 4, ratio: float = 0.8) -> Quantizer:
     """The published steps: entropy, bits per token, gate, swap, transform, quantization, packing."""
     shape, dtype = x.shape, x.dtype
-    h = hadamard_matrix(size) * size**-0.5
+    h = hadamard_matrix(size).float() * size**-0.5
 
     def encode(x: Tensor) -> tuple[Tensor, ...]:
         x = x.float()

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from palmette import _library
-from palmette._checks import FLOATING, check_device, check_dim, check_dtype, check_number, check_shape
+from palmette._checks import (
+    FLOATING,
+    check_device,
+    check_dim,
+    check_dtype,
+    check_number,
+    check_shape,
+    is_expanded,
+)
 
 _ops = torch.ops.palmette
 
@@ -123,7 +131,7 @@ def attend(
     check_dtype("out", out, [q.dtype])
     check_shape("out", out, "[Nq, Hq, Dv]", [q.shape[0], q.shape[1], v.shape[2]])
     check_device("out", out, q.device)
-    if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+    if is_expanded(out):
         raise ValueError(f"out must have memory of its own for every element, got strides {out.stride()}")
     if out.stride(2) != 1 and out.shape[2] > 1:
         raise ValueError(f"out must be contiguous in its last dimension, got stride {out.stride(2)}")

@@ -47,6 +47,11 @@ def check_shape(name: str, tensor: torch.Tensor, symbols: str, wanted: Sequence[
         raise ValueError(f"{name} must be {symbols} = {list(wanted)}, got {list(tensor.shape)}")
 
 
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Do elements of it share memory by a stride of 0?"""
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 class PlannedHeads(Protocol):
     """A plan that was made for some heads."""
 

@@ -17,29 +17,27 @@ Source: "Schedule-Level Shared-Prefix Reuse for LLM RL Training" (arXiv 2606.011
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from palmette._checks import INDEX, check_at_least, check_dtype, check_number, check_shape
+from palmette._checks import INDEX, check_at_least, check_dtype, check_number, check_shape, is_expanded
 from palmette.losses import CHUNK_BYTES, LogitsBuffer
 from palmette.tree import Tree
 
 from .context import autocast_of, random_state, random_state_of
 from .forest import Forest
+from .model_checks import check_model, longest_path
 from .step import Options, Step
-from .vocabulary import LossFunction, ensure_gradient, logits_of, softcap_of
+from .vocabulary import LossFunction, ensure_gradient
 
 MODES = ("retain", "offload", "recompute")
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class SharedPrefixSchedule:
@@ -90,7 +88,7 @@ class SharedPrefixSchedule:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         check_number("temperature", temperature, 1e-6, 1e6)
         check_at_least(1, chunk_bytes=chunk_bytes)
-        config = _check_model(model)
+        config = check_model(model)
         if aux_loss is None:
             wanted = getattr(config, "output_router_logits", False)
             aux_loss = getattr(config, "router_aux_loss_coef", 0.0) if wanted else 0.0
@@ -98,7 +96,7 @@ class SharedPrefixSchedule:
         self.model = model
         self._options = Options(mode, float(temperature), float(aux_loss), chunk_bytes, group)
         self._vocab_size = config.vocab_size
-        self._longest = _longest_path(config)
+        self._longest = longest_path(config)
         self._buffer_in_use = threading.Lock()
 
     def step(
@@ -166,7 +164,7 @@ class SharedPrefixSchedule:
             # in the new gradients first: what is wrong with the old ones shows before they change
             both = [(p, grad) for p, grad in zip(parameters, before, strict=True) if grad is not None]
             for p, grad in both:
-                if grad.is_inference() or grad.layout != torch.strided or _is_expanded(grad):
+                if grad.is_inference() or grad.layout != torch.strided or is_expanded(grad):
                     raise ValueError(
                         "gradients that are there must be dense, not expanded, no inference tensors, got one"
                     )
@@ -190,7 +188,7 @@ class SharedPrefixSchedule:
     def _buffer(self, options: Options) -> Iterator[Options]:
         """The options; within, their buffer is nobody else's: loss_fn may call the schedule itself."""
         if not self._buffer_in_use.acquire(blocking=False):
-            yield dataclasses.replace(options, buffer=LogitsBuffer())
+            yield replace(options, buffer=LogitsBuffer())
             return
         try:
             yield options
@@ -218,8 +216,7 @@ class SharedPrefixSchedule:
             found.append((logprobs, tokens))
             return logprobs.new_zeros(())
 
-        without_aux = dataclasses.replace(self._options, aux_loss=0.0)  # the same buffer
-        with self._buffer(without_aux) as options:
+        with self._buffer(self._options.without_aux_loss()) as options:
             step = Step(self.model, options, forest, token_ids, keep, 1.0)
             step.head.entropies = [] if return_entropy else None
             step.run(microbatch_tokens)
@@ -287,75 +284,6 @@ def _reduce(parameters: list[Tensor], loss: Tensor, group: Any) -> Tensor:
     return loss
 
 
-def _is_expanded(tensor: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _check_model(model: Any) -> Any:
-    """Is it one that a schedule can run? Returns the configuration of its decoder."""
-    if not (hasattr(model, "config") and hasattr(model, "get_decoder")):
-        raise ValueError(
-            f"model must be a causal language model of transformers, not wrapped, got {type(model).__name__}"
-        )
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"model must have a language-model head, got {type(model).__name__} without one")
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(
-            "model must have no learned prompts (prompt or prefix tuning), got a model with some"
-        )
-    if any(hasattr(p, "device_mesh") for p in model.parameters()):
-        raise ValueError("model must hold whole parameters, got DTensors (FSDP2 is not supported)")
-    config = model.config.get_text_config()
-    others = sorted({*(getattr(config, "layer_types", None) or ())} - {*LAYER_TYPES})
-    if others:
-        raise ValueError(
-            f"layer_types of the model must be of {', '.join(LAYER_TYPES)}, got {', '.join(others)}"
-        )
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{name} of the model must be 1, got {getattr(config, name)}")
-    _check_logits(model, config)
-    return config
-
-
-@torch.no_grad()
-def _check_logits(model: Any, config: Any) -> None:
-    """Are the model's logits those of its output embeddings? Runs three tokens."""
-    found: list[Tensor] = []
-    decoder = model.get_decoder()
-    handle = decoder.register_forward_hook(lambda _, __, out: found.append(out[0]))
-    device = next(model.parameters()).device
-    ids = torch.arange(min(3, config.vocab_size), device=device)[None]
-    try:
-        with random_state_of(None, device):
-            want = model(input_ids=ids, use_cache=False, return_dict=True).logits
-    finally:
-        handle.remove()
-    fits = False
-    if len(found) == 1:
-        with contextlib.suppress(RuntimeError):  # shapes that do not fit
-            got = logits_of(model.get_output_embeddings(), softcap_of(config), found[0])
-            # of the same hidden states; autocast rounds to 8 bits
-            fits = not float((got - want).abs().max()) > 0.05 * float(want.abs().max())
-    if not fits:
-        raise ValueError(
-            f"logits of the model must be its output embeddings times its decoder's hidden states, got "
-            f"{type(model).__name__}, whose logits are others (scaled, or of a larger head)"
-        )
-
-
-def _longest_path(config: Any) -> float:
-    """Tokens of a path up to which rotary positions do not depend on how long it is."""
-    found = getattr(config, "rope_parameters", None) or {}
-    kinds = [found] if "rope_type" in found else [part for part in found.values() if isinstance(part, dict)]
-    limits = [
-        part.get("original_max_position_embeddings") or config.max_position_embeddings
-        for part in kinds
-        if part.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min(limits, default=math.inf)
-
-
 def _versions(model: Any) -> list[int]:
     """How often parameters have been written to."""
     return [0 if p.is_inference() else p._version for p in model.parameters()]
@@ -398,6 +326,6 @@ class _StepBackward(torch.autograd.Function):
                 lambda logprobs, tokens: (gradient[tokens] * logprobs).sum(),
                 microbatch_tokens,
                 1.0,
-                dataclasses.replace(schedule._options, aux_loss=0.0),
+                schedule._options.without_aux_loss(),
             )
         return torch.zeros(()), *(None,) * 5

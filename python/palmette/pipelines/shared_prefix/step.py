@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ class Options:
     chunk_bytes: int
     group: Any
     buffer: LogitsBuffer = field(default_factory=LogitsBuffer)
+
+    def without_aux_loss(self) -> Options:
+        """The same, with the same buffer, but no load-balancing loss."""
+        return replace(self, aux_loss=0.0)
 
 
 @dataclass
